@@ -79,10 +79,17 @@ class AllocationSchedule:
         )
         self._require_range("warmup_steps", 0, None, "Use 0 to start recording with the first step.")
         self._require_range(
-            "allocation_steps", 0 if fixed else 1, None, "Pruning to the target needs one step or more in which to decide."
+            "allocation_steps",
+            0 if fixed else 1,
+            None,
+            "Pruning to the target needs one step or more in which to decide.",
         )
-        self._require_range("initial_window", 1, None, "A window holds one step or more (3 for a meaningful correlation).")
-        self._require_range("final_window", self.initial_window, None, "Windows grow: it cannot be below initial_window.")
+        self._require_range(
+            "initial_window", 1, None, "A window holds one step or more (3 for a meaningful correlation)."
+        )
+        self._require_range(
+            "final_window", self.initial_window, None, "Windows grow: it cannot be below initial_window."
+        )
         self._require_range(
             "total_steps",
             self.warmup_steps + self.allocation_steps,
