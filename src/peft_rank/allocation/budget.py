@@ -1,8 +1,8 @@
 # Copyright 2026 The peft_rank authors. Licensed under the Apache License, Version 2.0.
 """From scores and a budget to the ranks that stay.
 
-Knows neither what a score means nor when it was taken. Exact: as many ranks stay as the budget says, ties included, and
-the same ones on every process and device.
+Knows neither what a score means nor when it was taken. Exact: as many ranks stay as the budget says, ties included,
+and the same ones on every process and device.
 """
 
 from collections.abc import Sequence
@@ -22,8 +22,8 @@ def keep_top(
 ) -> BoolTensor:
     """Keeps the ranks of highest score.
 
-    Among equal scores the lower index stays. Every module keeps at least `min_r` ranks, or all of its alive ones if these
-    are fewer; they count towards the budget.
+    Among equal scores the lower index stays. Every module keeps at least `min_r` ranks, or all of its alive ones if
+    these are fewer; they count towards the budget.
 
     Args:
         scores (`Tensor`): Shape (N,), any floating dtype, modules one after another. Infinite scores are legal.
@@ -31,10 +31,10 @@ def keep_top(
         group_sizes (`Sequence[int]`): Ranks of each module; they sum to N.
         alive (`Tensor`, *optional*): Shape (N,), bool. Only these can stay; without it, all can.
         min_r (`int`, *optional*, defaults to 0): Ranks that every module keeps.
-        reference (`bool`, *optional*, defaults to `False`): The rule of the released SalientLoRA code: a rank stays if its
-            score exceeds the (N - budget)-th smallest, where NaN counts as largest. Ties at that threshold and NaN fall,
-            hence fewer than `budget` may stay; `alive` and `min_r` play no part. A budget of N, which the released code
-            cannot compute, keeps everything.
+        reference (`bool`, *optional*, defaults to `False`): The rule of the released SalientLoRA code: a rank stays if
+            its score exceeds the (N - budget)-th smallest, where NaN counts as largest. Ties at that threshold and NaN
+            fall, hence fewer than `budget` may stay; `alive` and `min_r` play no part. A budget of N, which the
+            released code cannot compute, keeps everything.
 
     Returns:
         `BoolTensor`: Shape (N,), True for ranks that stay.

@@ -8,9 +8,10 @@ Series `i` points at series `j` if their correlation is at least `beta` and the 
   equation for the influence `I_i = sum_j slope_ij * I_j` (1 for a leaf) is triangular.
 - `u_i = s_i * I_i` obeys `u_i = sum_j correlation_ij * u_j`, whose coefficients lie between 0 and 1, and `u_i >= s_i`.
 
-The triangular system is solved block by block. Its solution grows exponentially along chains, beyond float64; a value is
-therefore kept as `mantissa * 2^(BAND_BITS * band)` and one matrix product treats each band as a column of its own, which
-is exact and costs nothing as long as there is one band. This file knows nothing of ranks, modules or orthogonality.
+The triangular system is solved block by block. Its solution grows exponentially along chains, beyond float64; a value
+is therefore kept as `mantissa * 2^(BAND_BITS * band)` and one matrix product treats each band as a column of its own,
+which is exact and costs nothing as long as there is one band. This file knows nothing of ranks, modules or
+orthogonality.
 """
 
 import math
@@ -31,10 +32,10 @@ class SeriesBatch:
     """Series of G independent graphs with n nodes each, those of one graph in order of decreasing deviation.
 
     Args:
-        unit (`Tensor`): Shape (G, n, T), float64, deviations from the mean divided by their norm; zero where a series is
-            constant or only padding.
-        log_deviation (`Tensor`): Shape (G, n), float64, log2 of the norms, not increasing along a graph. Constant series
-            and padding come last and carry the value of the last true one.
+        unit (`Tensor`): Shape (G, n, T), float64, deviations from the mean divided by their norm; zero where a series
+            is constant or only padding.
+        log_deviation (`Tensor`): Shape (G, n), float64, log2 of the norms, not increasing along a graph. Constant
+            series and padding come last and carry the value of the last true one.
         correlation_threshold (`float`): `beta`.
         slope_threshold (`float`): `gamma`.
         guard (`float`): Added to the denominators of correlation and slope; it can remove edges, never add any.
@@ -66,8 +67,8 @@ def path_sums(batch: SeriesBatch) -> tuple[Tensor, Tensor]:
     """Solves for the influence of every series; needs a slope threshold above 1.
 
     Returns:
-        `tuple[Tensor, Tensor]`: log2 of the influence, where a leaf counts as 1, float64, and whether a node is a leaf,
-        both of shape (G, n).
+        `tuple[Tensor, Tensor]`: log2 of the influence (float64), where a leaf counts as 1, and whether a node is a
+            leaf; both of shape (G, n).
     """
     graphs, n, _ = batch.unit.shape
     device = batch.unit.device
@@ -93,8 +94,8 @@ def path_sums(batch: SeriesBatch) -> tuple[Tensor, Tensor]:
         own = torch.where(band_index == band[:, rows, None], mantissa[:, rows, None], 0.0)
         solution = torch.where(leaf[..., None], own, total[..., :bands])
         if inner is not None:
-            eye_minus = inner.neg_()  # the unit diagonal is implied
-            solution = torch.linalg.solve_triangular(eye_minus, solution, upper=False, unitriangular=True)
+            # (I - inner) u = known part; the unit diagonal is implied
+            solution = torch.linalg.solve_triangular(inner.neg_(), solution, upper=False, unitriangular=True)
         value, top = _gather_bands(solution)
         known[:, rows, :bands] = torch.where(band_index == top[..., None], value[..., None], 0.0)
         log_u[:, rows] = value.log2() + top * BAND_BITS
@@ -103,8 +104,12 @@ def path_sums(batch: SeriesBatch) -> tuple[Tensor, Tensor]:
 
 
 def _plan(relative: Tensor, gamma: float, beta: float) -> tuple[list[int], list[int], int]:
-    """Says, for each block of rows, which leading columns need only the test of correlation (`plain`) and which can be
-    reached at all (`reach`), and how many bands the largest value can need."""
+    """Plans the blocks, so that most pairs cost little or nothing and the host waits once.
+
+    Returns:
+        `tuple[list[int], list[int], int]`: For each block of rows, how many leading columns need only the test of the
+            correlation, and how many can be reached at all; the number of bands that the largest value can need.
+    """
     n = relative.shape[1]
     firsts = torch.arange(0, n, ROWS, device=relative.device)
     lasts = (firsts + ROWS - 1).clamp_(max=n - 1)
@@ -113,10 +118,10 @@ def _plan(relative: Tensor, gamma: float, beta: float) -> tuple[list[int], list[
     implied = math.log2(gamma / beta) + slack if beta > 0 else math.inf
     plain = torch.searchsorted(ascending, ascending[:, firsts] - implied, right=True).amin(0)
     reach = torch.searchsorted(ascending, ascending[:, lasts] - math.log2(gamma) + slack, right=True).amax(0)
-    # A path visits each interval [gamma^k, gamma^(k+1)) once at most, so u grows at most by the product of (1 + size of
-    # interval), which is largest for equal sizes.
+    # A path visits each interval [gamma^k, gamma^(k+1)) once at most, so u grows at most by the product of (1 + size
+    # of interval), which is largest for equal sizes.
     widest = relative[:, 0].amax()
-    levels = (widest / math.log2(gamma)).floor().add(1).clamp(max=n)
+    levels = (widest / math.log2(gamma)).floor().add(2).clamp(max=n)  # one more than there are, for rounding
     bits = widest + levels * torch.log2(1 + n / levels)
     plan = torch.cat([plain.double(), reach.double(), bits[None]]).tolist()
     blocks = len(firsts)
@@ -171,10 +176,10 @@ def successors_of(batch: SeriesBatch) -> list[list[dict[int, float]]]:
 def break_cycles(successors: list[dict[int, float]]) -> list[int]:
     """Removes the weakest edge of one cycle after the other, in place, until there are none (the paper's Algorithm 1).
 
-    Which edges go depends on the order in which cycles are met. It is that of a depth-first search from node 0 upwards,
-    started afresh after each removal, as in the released code; here the search steps back only to the removed edge, as
-    everything before it would be the same again. Of equally weak edges the first one goes, counted along the cycle from
-    the node where it closes.
+    Which edges go depends on the order in which cycles are met. It is that of a depth-first search from node 0
+    upwards, started afresh after each removal, as in the released code; here the search steps back only to the removed
+    edge, as everything before it would be the same again. Of equally weak edges the first one goes, counted along the
+    cycle from the node where it closes.
 
     Returns:
         `list[int]`: All nodes, each after all of its successors.
@@ -190,8 +195,9 @@ def break_cycles(successors: list[dict[int, float]]) -> list[int]:
         while path:
             head = next(pending[-1], None)
             if head is None:
-                pending.pop(), marks.pop()
                 node = path.pop()
+                pending.pop()
+                marks.pop()
                 del depth[node]
                 done[node] = True
                 finished.append(node)
@@ -199,13 +205,13 @@ def break_cycles(successors: list[dict[int, float]]) -> list[int]:
                 cycle = [*path[depth[head] :], head]
                 weakest = min(range(len(cycle) - 1), key=lambda k: successors[cycle[k]][cycle[k + 1]])
                 del successors[cycle[weakest]][cycle[weakest + 1]]
-                back_to = depth[cycle[weakest]] + 1
-                for node in finished[marks[back_to] if back_to < len(path) else len(finished) :]:
-                    done[node] = False
-                for node in path[back_to:]:
-                    del depth[node]
-                if back_to < len(path):
-                    del finished[marks[back_to] :], path[back_to:], pending[back_to:], marks[back_to:]
+                back = depth[cycle[weakest]] + 1
+                if back < len(path):  # what was met beyond the removed edge has not been met now
+                    for node in finished[marks[back] :]:
+                        done[node] = False
+                    for node in path[back:]:
+                        del depth[node]
+                    del finished[marks[back] :], path[back:], pending[back:], marks[back:]
             elif not done[head]:
                 depth[head] = len(path)
                 path.append(head)

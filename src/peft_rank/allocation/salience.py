@@ -1,20 +1,20 @@
 # Copyright 2026 The peft_rank authors. Licensed under the Apache License, Version 2.0.
 """How much each rank matters, from the singular values recorded over a window of steps.
 
-The salience of SalientLoRA (Ke et al., NeurIPS 2024, openreview vU512K8vrR) mixes two terms.
-The *magnitude* of rank i is `sum_t w_t |E_i^t|`, where `w_t` is large at steps at which the factors were close to
-orthogonal. Its *influence domain* is `I_i = sum_j slope_ij * I_j` over the ranks whose series it explains (correlation at
-least `beta`, slope at least `gamma`; 1 for a leaf). The functions know tensors only: not where a window comes from, nor how
-many ranks will be kept.
+The salience of SalientLoRA (Ke et al., NeurIPS 2024, openreview vU512K8vrR) mixes two terms. The *magnitude* of rank i
+is `sum_t w_t |E_i^t|`, where `w_t` is large at steps at which the factors were close to orthogonal. Its *influence
+domain* is `I_i = sum_j slope_ij * I_j` over the ranks whose series it explains (correlation at least `beta`, slope at
+least `gamma`; 1 for a leaf). Which of the two `lambda` multiplies is not stated in the sources at hand; here it is the
+magnitude. The functions know tensors only: not where a window comes from, nor how many ranks will be kept.
 
 Differences from the released code, which `reference=True` reproduces:
 
-- Both terms are replaced by their percentile among the alive ranks before `salience_lambda` mixes them. Released: influence
-  divided by its sum plus magnitude divided by the sum of its module, and no lambda. Influence grows exponentially along
-  chains, so that there a few ranks take all of its mass.
+- Both terms are replaced by their percentile among the alive ranks before `salience_lambda` mixes them. Released:
+  influence divided by its sum plus magnitude divided by the sum of its module, and no lambda. Influence grows
+  exponentially along chains, so that there a few ranks take all of its mass.
 - A leaf's influence counts as 1 as in the recursion; released: stored as 0. `influence()` itself keeps the released 0.
-- Steps of (nearly) equal orthogonality weigh the same, an emptied or constant module is harmless, and ranks that are not
-  alive score -inf. Released: NaN, which uses up the budget.
+- Steps of (nearly) equal orthogonality weigh the same, an emptied or constant module is harmless, and ranks that are
+  not alive score -inf. Released: NaN, which uses up the budget.
 - Correlation and slope have no constant added to their denominators, so that scores do not depend on the unit of the
   singular values. Series that vary by less than their dtype resolves count as constant and have no edges.
 - Arithmetic is float64 and blockwise; the released code holds several N x N arrays.
@@ -50,12 +50,13 @@ def salience_scores(
 ) -> Tensor:
     """Scores every rank of a model.
 
-    The score is `salience_lambda * magnitude + (1 - salience_lambda) * influence`, each as a percentile in [0, 1] among
-    the alive ranks, where equal values share their mean percentile. It is hence the same for singular values in another
-    unit, and finite for any finite window.
+    The score is `salience_lambda * magnitude + (1 - salience_lambda) * influence`, each as a percentile in [0, 1]
+    among the alive ranks, where equal values share their mean percentile. It is hence the same for singular values in
+    another unit, and finite for any finite window.
 
     Args:
-        window (`Tensor`): Shape (T, N), any floating dtype: signed singular values at T steps, modules one after another.
+        window (`Tensor`): Shape (T, N), any floating dtype: signed singular values at T steps, modules one after
+            another.
         orthogonality (`Tensor`): Shape (T,): the regulariser's value at the same steps; smaller means more orthogonal.
         group_sizes (`Sequence[int]`): Ranks of each module; they sum to N.
         alive (`Tensor`, *optional*): Shape (N,), bool. Only these take part; without it, all do.
@@ -63,10 +64,11 @@ def salience_scores(
         slope_threshold (`float`, *optional*, defaults to 2.0): Smallest slope of an edge, `gamma`.
         salience_lambda (`float`, *optional*, defaults to 0.7): Weight of the magnitude.
         graph_scope (`str`, *optional*, defaults to `"model"`): `"module"` looks for edges inside modules only.
-        magnitude_scope (`str`, *optional*, defaults to `"model"`): `"module"` measures a magnitude relative to the mean of
-            its module, so that modules of large singular values have no advantage.
-        reference (`bool`, *optional*, defaults to `False`): The released code's score; of the options above only the two
-            thresholds apply then. Where it fails for want of an edge, influence adds nothing; NaN spreads as it does there.
+        magnitude_scope (`str`, *optional*, defaults to `"model"`): `"module"` measures a magnitude relative to the
+            mean of its module, so that modules of large singular values have no advantage.
+        reference (`bool`, *optional*, defaults to `False`): The released code's score; of the options above only the
+            two thresholds apply then. Where it fails for want of an edge, influence adds nothing; NaN spreads as it
+            does there.
 
     Returns:
         `Tensor`: Shape (N,), float64, -inf where not alive; float32 in reference mode.
@@ -107,8 +109,8 @@ def influence(
 ) -> Tensor:
     """Computes the influence domain of every series in one graph, not normalised.
 
-    With a slope threshold above 1 the graph has no cycles, and memory stays bounded as N grows. At 1 or below, cycles are
-    broken at their weakest edges; that search runs edge by edge on the host and is for small graphs.
+    With a slope threshold above 1 the graph has no cycles, and memory stays bounded as N grows. At 1 or below, cycles
+    are broken at their weakest edges; that search runs edge by edge on the host and is for small graphs.
 
     Args:
         window (`Tensor`): Shape (T, N), any floating dtype.
@@ -119,7 +121,8 @@ def influence(
             overflows.
 
     Returns:
-        `Tensor`: Shape (N,), float64: 0 (as logarithm: -inf) for a leaf, although it counts as 1 in the sum of those that
+        `Tensor`: Shape (N,), float64: 0 (as logarithm: -inf) for a leaf, although it counts as 1 in the sum of those
+            that
         point at it; for others at least `slope_threshold`.
 
     Raises:

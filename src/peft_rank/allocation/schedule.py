@@ -1,14 +1,14 @@
 # Copyright 2026 The peft_rank authors. Licensed under the Apache License, Version 2.0.
 """When ranks are pruned, and how many are left afterwards.
 
-The adaptive time window of SalientLoRA (Ke et al., NeurIPS 2024). After `t_i` warm-up steps come `n_a` allocation steps,
-which are cut into windows; each window ends with a decision. At progress `c` through the allocation phase
+The adaptive time window of SalientLoRA (Ke et al., NeurIPS 2024). After `t_i` warm-up steps come `n_a` allocation
+steps, which are cut into windows; each window ends with a decision. At progress `c` through the allocation phase
 
     T(c) = round(T_f + (T_i - T_f) * (1 - c)^3)        length of the next window
     b(c) = int(N - T / T_f * (N - N_target))           total rank that is left
 
-so windows grow from `T_i` towards `T_f` while the budget falls from `N` to `N_target`, fastest at the beginning. This file
-knows steps and totals only; neither a model nor scores.
+so windows grow from `T_i` towards `T_f` while the budget falls from `N` to `N_target`, fastest at the beginning. This
+file knows steps and totals only; neither a model nor scores.
 
 Differences from the released code, all of them undone by `reference=True`:
 
@@ -49,14 +49,15 @@ class AllocationSchedule:
 
     Args:
         warmup_steps (`int`): Steps before anything is recorded (`t_i`).
-        allocation_steps (`int`): Steps during which ranks are recorded and pruned (`n_a`). 0 is legal only where there is
-            nothing to prune.
+        allocation_steps (`int`): Steps during which ranks are recorded and pruned (`n_a`). 0 is legal only where there
+            is nothing to prune.
         total_steps (`int`): Length of the training; ranks are fixed after `warmup_steps + allocation_steps`.
         initial_window (`int`): Length of the first window (`T_i`).
         final_window (`int`): Length that windows grow towards (`T_f`).
         initial_total (`int`): Total rank of the model at the start (`N`).
         target_total (`int`): Total rank after the last decision (`N_target`).
-        reference (`bool`, *optional*, defaults to `False`): The decisions of the released code, see the module's docstring.
+        reference (`bool`, *optional*, defaults to `False`): The decisions of the released code, see the module's
+            docstring.
 
     Raises:
         ValueError: If a field is outside its legal range; the message says which, and what to change.
@@ -99,17 +100,16 @@ class AllocationSchedule:
 
     def _require_range(self, field: str, low: int, high: int | None, remedy: str) -> None:
         value = getattr(self, field)
-        if not isinstance(value, int) or isinstance(value, bool):
-            raise ValueError(f"`{field}` must be an integer, got {value!r} ({type(value).__name__}).")
-        if value < low or (high is not None and value > high):
-            legal = f"at least {low}" if high is None else f"between {low} and {high}"
-            raise ValueError(f"`{field}` must be {legal}, got {value}. {remedy}")
+        is_integer = isinstance(value, int) and not isinstance(value, bool)
+        if not is_integer or value < low or (high is not None and value > high):
+            legal = f"of at least {low}" if high is None else f"between {low} and {high}"
+            raise ValueError(f"`{field}` must be an integer {legal}, got {value!r}. {remedy}")
 
     def decisions(self) -> list[Decision]:
         """Returns all decisions in the order of their steps.
 
-        Their windows are disjoint. Outside reference mode they cover the allocation phase, the last one ends on its last
-        step with a budget of exactly `target_total`, and there is none if `target_total == initial_total`.
+        Their windows are disjoint. Outside reference mode they cover the allocation phase, the last one ends on its
+        last step with a budget of exactly `target_total`, and there is none if `target_total == initial_total`.
         """
         return self._released_decisions() if self.reference else self._covering_decisions()
 
