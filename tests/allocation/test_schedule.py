@@ -3,6 +3,7 @@
 
 import csv
 import random
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -79,7 +80,7 @@ def test_any_schedule_covers_the_phase_and_meets_the_budget() -> None:
         assert covered == list(range(warmup + 1, warmup + allocation + 1)), schedule
         assert (decisions[-1].step, decisions[-1].budget) == (warmup + allocation, target)
         budgets = [initial, *(decision.budget for decision in decisions)]
-        assert all(before >= after for before, after in zip(budgets, budgets[1:], strict=False)), schedule
+        assert all(before >= after for before, after in pairwise(budgets)), schedule
         assert len(decisions) == 1 or decisions[-1].window >= 3, schedule
 
         expected_window = shortest
