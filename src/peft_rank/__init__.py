@@ -1,0 +1,7 @@
+# Copyright 2026 The peft_rank authors. Licensed under the Apache License, Version 2.0.
+"""Adaptive ranks for PEFT: importing this package registers its tuner types."""
+
+from .tuners.salientlora import SalientLoRAConfig, SalientLoRAModel
+
+
+__all__ = ["SalientLoRAConfig", "SalientLoRAModel"]

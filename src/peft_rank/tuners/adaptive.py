@@ -1,0 +1,93 @@
+# Copyright 2026 The peft_rank authors. Licensed under the Apache License, Version 2.0.
+"""What every tuner whose ranks change while it trains offers to a training loop."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import Literal, Optional
+
+from peft.tuners.tuners_utils import BaseTuner
+from torch.optim import Optimizer
+
+
+ShrinkPolicy = Literal["each", "last"]
+
+
+class AdaptiveRankTuner(BaseTuner):
+    """
+    A tuner that has to be told of every optimizer step.
+
+    `RankAllocationCallback` does so for the HF Trainer. A hand-written loop does it itself:
+
+        ```py
+        >>> tuner = model.base_model
+        >>> print(tuner.resolve_schedule(total_steps))
+        >>> for step, batch in enumerate(batches, start=1):
+        ...     model(**batch).loss.backward()
+        ...     tuner.add_regularization_gradient()
+        ...     optimizer.step()
+        ...     tuner.update_and_allocate(step, optimizer)
+        ...     optimizer.zero_grad()
+        >>> tuner.finalize(optimizer)
+        ```
+    """
+
+    @abstractmethod
+    def resolve_schedule(self, total_steps: int) -> str:
+        """Turn fractions of the training into steps, check them, and return the plan as text.
+
+        Args:
+            total_steps (`int`): Optimizer steps of the whole training, including those before a resume.
+
+        Raises:
+            ValueError: If the phases do not fit into `total_steps`.
+        """
+
+    @abstractmethod
+    def add_regularization_gradient(self) -> None:
+        """Add the gradient of the regularizers to `.grad`: once per optimizer step, after the last backward and before
+        `optimizer.step()`, on gradients that carry no loss scale. For one process and for DDP."""
+
+    @abstractmethod
+    def arm_regularization(self, loss_scale: float = 1.0) -> None:
+        """Let the next backward add the gradient of the regularizers: once per optimizer step, before its first forward.
+        For engines that step inside of backward (DeepSpeed). `loss_scale` is the scale of the loss in that backward."""
+
+    @abstractmethod
+    def update_and_allocate(
+        self, global_step: int, optimizer: Optional[Optimizer] = None, shrink: ShrinkPolicy = "each"
+    ) -> bool:
+        """Record the state after an optimizer step and, if a decision is due, prune: after `optimizer.step()`, before
+        `zero_grad()`. Calling it again for the same step does nothing.
+
+        Args:
+            global_step (`int`): Number of completed optimizer steps, from 1.
+            optimizer (`Optimizer`, *optional*): Given, pruned ranks and their moments are removed at once, where that is
+                exact; otherwise they are masked and removed by `finalize`.
+            shrink (`str`): `"each"` removes at each decision, `"last"` only at the last one (for compiled models, which
+                recompile every time).
+
+        Returns:
+            `bool`: Whether a decision was taken.
+
+        Raises:
+            RuntimeError: If fractions of the training were configured and `resolve_schedule` was not called.
+        """
+
+    @abstractmethod
+    def finalize(self, optimizer: Optional[Optimizer] = None, compact: bool = True) -> None:
+        """Finish the allocation: meet the budget exactly, remove pruned ranks, write `rank_pattern`.
+
+        Args:
+            optimizer (`Optimizer`, *optional*): As in `update_and_allocate`.
+            compact (`bool`): False keeps the parameters as they are, for engines that hold shards of them; the adapter is
+                then cut when it is saved.
+
+        Raises:
+            RuntimeError: If an allocation was configured but no step of it was ever recorded.
+        """
+
+    @abstractmethod
+    def rank_summary(self) -> dict[str, float]:
+        """Scalars to log: `rank/total`, `rank/mean`, `rank/budget`, `orthogonality`, `allocation/window` and
+        `parameters/trainable`."""

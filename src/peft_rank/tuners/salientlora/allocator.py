@@ -1,0 +1,214 @@
+# Copyright 2026 The peft_rank authors. Licensed under the Apache License, Version 2.0.
+"""Memory and clock of one adapter's allocation: what was recorded, what was decided, what comes next.
+
+It sees singular values as one vector over the model, module by module, and knows neither layers nor optimizers.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Optional
+
+import safetensors
+import safetensors.torch
+import torch
+
+from peft_rank.allocation.budget import keep_top
+from peft_rank.allocation.salience import salience_scores
+from peft_rank.allocation.schedule import AllocationSchedule, Decision
+
+from .config import SalientLoRAConfig
+
+
+class RankAllocator:
+    """
+    The allocation of one adapter.
+
+    Args:
+        config (`SalientLoRAConfig`): Its thresholds and scopes; the schedule is set by `plan`.
+        sizes (`Sequence[int]`): Ranks of the modules, in injection order.
+
+    Attributes:
+        sizes (`list[int]`): Ranks that exist physically, N in all.
+        index (`torch.Tensor`): (N,) int64 on the CPU, each rank's position in the initial model.
+        alive (`torch.Tensor`): (N,) bool on the CPU, False where a rank is pruned but not yet removed.
+        last_step (`int`): The last optimizer step that was seen.
+        recorded (`int`): Number of steps that were recorded in the allocation phase.
+        decided_step (`int`): `step` of the last decision that was taken, -1 for none.
+        rolled_back (`bool`): Whether an older checkpoint was loaded over this run.
+        closed (`bool`): Whether the allocation was finalized: what is dead is not even saved.
+    """
+
+    def __init__(self, config: SalientLoRAConfig, sizes: Sequence[int]) -> None:
+        self.config = config
+        self.initial_sizes = list(sizes)
+        self.sizes = list(sizes)
+        self.index = torch.arange(sum(sizes))
+        self.alive = torch.ones(sum(sizes), dtype=torch.bool)
+        self.last_step = 0
+        self.recorded = 0
+        self.decided_step = -1
+        self.rolled_back = False
+        self.closed = False
+        self.schedule: Optional[AllocationSchedule] = None
+        self.decisions: list[Decision] = []
+        self._rows = 0
+        self._window = torch.empty(0, sum(sizes))
+        self._regularizer = torch.empty(0)
+
+    @property
+    def target_total(self) -> int:
+        return self.config.target_r * len(self.sizes)
+
+    @property
+    def total(self) -> int:
+        """Ranks that are alive."""
+        return int(self.alive.sum())
+
+    @property
+    def finished(self) -> bool:
+        """Whether the budget is met: nothing is left to decide."""
+        if self.config.reference and self.schedule is not None:
+            return not self.pending
+        return self.total <= self.target_total
+
+    @property
+    def pending(self) -> list[Decision]:
+        return [decision for decision in self.decisions if decision.step > self.decided_step]
+
+    @property
+    def budget(self) -> int:
+        """Budget of the last decision, or the initial total before the first."""
+        taken = [decision.budget for decision in self.decisions if decision.step <= self.decided_step]
+        return self.target_total if self.finished else taken[-1] if taken else sum(self.initial_sizes)
+
+    @property
+    def window_length(self) -> int:
+        """Length of the current window in steps, 0 outside of the allocation phase."""
+        return self.pending[0].window if self.pending and not self.finished else 0
+
+    def plan(self, total_steps: Optional[int]) -> AllocationSchedule:
+        """Set the schedule; raises as `SalientLoRAConfig.schedule` does."""
+        initial = sum(self.initial_sizes)
+        self.schedule = self.config.schedule(total_steps, initial, min(self.target_total, initial))
+        self.decisions = self.schedule.decisions()
+        return self.schedule
+
+    def wants(self, step: int) -> bool:
+        """Whether the singular values after `step` belong to the allocation phase."""
+        return not self.finished and bool(self.pending) and step > self.schedule.warmup_steps
+
+    def record(self, values: Sequence[torch.Tensor], regularizer: torch.Tensor) -> None:
+        """Append the singular values, one (r,) tensor a module, and the regularizer's value, a scalar, to the window."""
+        device = regularizer.device
+        if self._rows == len(self._window) or self._window.device != device:
+            self._reserve(device)
+        if len({value.device for value in values}) > 1:
+            values = [value.to(device) for value in values]
+        torch.cat([value.detach().float() for value in values], out=self._window[self._rows])
+        self._regularizer[self._rows] = regularizer
+        self._rows += 1
+        self.recorded += 1
+
+    def _reserve(self, device: torch.device) -> None:
+        """Rows for the longest window still to come, on `device`, keeping what is recorded."""
+        longest = max([decision.window for decision in self.pending], default=1)
+        capacity = max(longest, self._rows + 1)
+        window = torch.empty(capacity, len(self.index), device=device)
+        regularizer = torch.empty(capacity, device=device)
+        window[: self._rows] = self._window[: self._rows].to(device)
+        regularizer[: self._rows] = self._regularizer[: self._rows].to(device)
+        self._window, self._regularizer = window, regularizer
+
+    def due(self, step: int) -> Optional[Decision]:
+        """The decision to take after `step`: the last one whose time has come, if anything was recorded for it."""
+        late = [decision for decision in self.pending if decision.step <= step]
+        return late[-1] if late and self._rows else None
+
+    def decide(self, decision: Decision) -> torch.Tensor:
+        """(N,) bool on the CPU: the ranks to keep, of those that exist. Clears the window; the same on every process."""
+        config = self.config
+        device = self._window.device
+        alive = self.alive.to(device)
+        scores = salience_scores(
+            self._window[: self._rows],
+            self._regularizer[: self._rows],
+            self.sizes,
+            alive=alive,
+            correlation_threshold=config.correlation_threshold,
+            slope_threshold=config.slope_threshold,
+            salience_lambda=config.salience_lambda,
+            graph_scope=config.graph_scope,
+            magnitude_scope=config.magnitude_scope,
+            reference=config.reference,
+        )
+        keep = keep_top(
+            scores, decision.budget, self.sizes, alive=alive, min_r=config.min_r, reference=config.reference
+        )
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            # equal inputs may still be summed in another order elsewhere
+            keep = keep.to(torch.uint8)
+            torch.distributed.broadcast(keep, src=0)
+        keep = keep.cpu().bool()
+        self.alive &= keep
+        self.decided_step = decision.step
+        self._rows = 0
+        return keep
+
+    def remove_dead(self) -> list[torch.Tensor]:
+        """Forget dead ranks; returns the (r,) bool mask of every module that they were removed by."""
+        masks = list(self.alive.split(self.sizes))
+        alive = self.alive.to(self._window.device)
+        self._window = self._window[:, alive].contiguous()
+        self.sizes = [int(mask.sum()) for mask in masks]
+        self.index = self.index[self.alive]
+        self.alive = torch.ones(len(self.index), dtype=torch.bool)
+        return masks
+
+    def pack(self) -> torch.Tensor:
+        """The whole state as bytes, (n,) uint8: an integer tensor survives any cast of the model."""
+        tensors = {
+            "index": self.index,
+            "alive": self.alive,
+            "sizes": torch.tensor(self.sizes),
+            "initial_sizes": torch.tensor(self.initial_sizes),
+            "window": self._window[: self._rows].cpu().contiguous(),
+            "regularizer": self._regularizer[: self._rows].cpu().contiguous(),
+        }
+        clock = {"last_step": self.last_step, "recorded": self.recorded, "decided_step": self.decided_step}
+        data = safetensors.torch.save(tensors, metadata={"clock": json.dumps(clock)})
+        return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+    def unpack(self, blob: torch.Tensor, sizes: Sequence[int]) -> None:
+        """Restore what `pack` returned.
+
+        Args:
+            blob (`torch.Tensor`): (n,) uint8.
+            sizes (`Sequence[int]`): Ranks of the modules that the state has to fit.
+
+        Raises:
+            ValueError: If the bytes are damaged or describe other modules; nothing is changed.
+        """
+        data = blob.cpu().numpy().tobytes()
+        try:
+            tensors = safetensors.torch.load(data)
+            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+            clock = json.loads(header["__metadata__"]["clock"])
+        except (safetensors.SafetensorError, KeyError, ValueError) as error:
+            raise ValueError(
+                "The allocation state in the checkpoint is damaged, so that the allocation cannot go on where it "
+                "stopped. Resume from an earlier checkpoint."
+            ) from error
+        if tensors["sizes"].tolist() != list(sizes):
+            raise ValueError(
+                f"The allocation state in the checkpoint describes {len(tensors['sizes'])} modules with "
+                f"{int(tensors['sizes'].sum())} ranks, the adapter has {len(sizes)} with {sum(sizes)}. The checkpoint "
+                "belongs to another model or to other `target_modules`."
+            )
+        self.index, self.alive = tensors["index"], tensors["alive"].bool()
+        self.sizes, self.initial_sizes = tensors["sizes"].tolist(), tensors["initial_sizes"].tolist()
+        self._window, self._regularizer = tensors["window"], tensors["regularizer"]
+        self._rows = len(self._window)
+        self.last_step, self.recorded = clock["last_step"], clock["recorded"]
+        self.decided_step = clock["decided_step"]

@@ -1,0 +1,126 @@
+# Copyright 2026 The peft_rank authors. Licensed under the Apache License, Version 2.0.
+"""What an adapter looks like on disk.
+
+A finished adapter holds its ranks and nothing else. A checkpoint of an unfinished allocation has the widths of the live
+parameters, so that the optimizer's moments fit, E of pruned ranks set to 0, so that it is right for every reader, and the
+allocator's state as bytes in `salientlora_state` of the first module. The configuration agrees with either:
+`rank_pattern` equals the saved widths and `allocation_state` says where the state is, so that a loader that builds the
+layers from the configuration alone expects exactly what the file holds.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Optional
+
+import torch
+
+from .allocator import RankAllocator
+from .config import SalientLoRAConfig
+from .layer import SalientLoRALayer
+
+
+PEFT_PREFIX = "base_model.model."
+
+
+def plain_name(name: str) -> str:
+    """Name of a module in the base model."""
+    return name.removeprefix(PEFT_PREFIX)
+
+
+def exact_pattern(name: str) -> str:
+    """Pattern that PEFT matches with this module only (a bare name also matches longer paths that end with it)."""
+    return "^" + re.escape(name)
+
+
+def to_checkpoint(
+    selected: dict[str, torch.Tensor],
+    layers: Mapping[str, SalientLoRALayer],
+    config: SalientLoRAConfig,
+    adapter_name: str,
+    allocator: Optional[RankAllocator],
+) -> dict[str, torch.Tensor]:
+    """
+    The entries to save, and `config` brought into agreement with them.
+
+    Args:
+        selected (`dict[str, torch.Tensor]`): The adapter's entries of the model's state dict; not changed.
+        layers (`Mapping[str, SalientLoRALayer]`): The adapter's layers by their name in that state dict.
+        config (`SalientLoRAConfig`): Its `rank_pattern` and `allocation_state` are written.
+        adapter_name (`str`): The adapter.
+        allocator (`RankAllocator`, *optional*): Absent where the adapter was never trained here.
+
+    Raises:
+        RuntimeError: If the entries are placeholders of sharded parameters.
+    """
+    entries = dict(selected)
+    masks = [None] * len(layers) if allocator is None else allocator.alive.split(allocator.sizes)
+    config.rank_pattern = {}
+    for (name, layer), mask in zip(layers.items(), masks, strict=True):
+        keys = [f"{name}.{attribute}.{adapter_name}" for attribute in layer.adapter_layer_names]
+        if not all(key in entries for key in keys):
+            continue
+        A, E, B = (entries[key] for key in keys)
+        if A.dim() != 2:
+            raise RuntimeError(
+                f"The factors of {name} are sharded over processes. Save through the Trainer, or pass "
+                "`state_dict=accelerator.get_state_dict(engine)` to `save_pretrained`."
+            )
+        if mask is not None and not mask.all():
+            mask = mask.to(A.device)
+            A, E, B = (A[mask], E[mask], B[:, mask].contiguous()) if allocator.closed else (A, E * mask.to(E.dtype), B)
+            entries.update(zip(keys, (A, E, B), strict=True))
+        if A.shape[0] != config.init_r:
+            config.rank_pattern[exact_pattern(plain_name(name))] = A.shape[0]
+    if allocator is not None:
+        _add_state(entries, next(iter(layers)), config, adapter_name, allocator)
+    return entries
+
+
+def _add_state(
+    entries: dict[str, torch.Tensor],
+    name: str,
+    config: SalientLoRAConfig,
+    adapter_name: str,
+    allocator: RankAllocator,
+) -> None:
+    unfinished = allocator.last_step > 0 and not (allocator.finished and bool(allocator.alive.all()))
+    config.allocation_state = None
+    if unfinished and not allocator.closed:
+        state = allocator.pack()
+        entries[f"{name}.salientlora_state.{adapter_name}"] = state
+        config.allocation_state = {"module": plain_name(name), "numel": state.numel()}
+
+
+def check_widths(
+    layers: Mapping[str, SalientLoRALayer], adapter_name: str, state_dict: Mapping[str, torch.Tensor]
+) -> dict[str, int]:
+    """
+    The rank of every layer in a checkpoint; layers that it does not have keep theirs.
+
+    Args:
+        layers (`Mapping[str, SalientLoRALayer]`): Layers by their name in the base model.
+        adapter_name (`str`): The adapter that is loaded into.
+        state_dict (`Mapping[str, torch.Tensor]`): The checkpoint, keys without adapter name.
+
+    Raises:
+        ValueError: If a factor has a shape that does not fit its module or the other two factors.
+    """
+    tensors = {plain_name(key): tensor for key, tensor in state_dict.items()}
+    ranks = {}
+    for name, layer in layers.items():
+        A, E, B = (tensors.get(f"{name}.{attribute}") for attribute in layer.adapter_layer_names)
+        if A is None or E is None or B is None:
+            ranks[name] = layer.salientlora_r[adapter_name]
+            continue
+        rank = len(A)
+        expected = ((rank, layer.in_features), (rank,), (layer.out_features, rank))
+        found = tuple(tuple(factor.shape) for factor in (A, E, B))
+        if found != expected:
+            raise ValueError(
+                f"The checkpoint has factors A, E, B of shapes {found} for {name}, whose weight takes {expected}. It "
+                "is damaged or belongs to another model; nothing was loaded."
+            )
+        ranks[name] = rank
+    return ranks

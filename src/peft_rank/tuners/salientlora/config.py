@@ -1,0 +1,303 @@
+# Copyright 2026 The peft_rank authors. Licensed under the Apache License, Version 2.0.
+"""Configuration of SalientLoRA."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal, Optional, Union
+
+from peft import PeftConfig
+from peft.utils import PeftType
+
+from peft_rank.allocation.schedule import AllocationSchedule
+
+
+INITIALISATIONS = ("gaussian", "orthogonal", "lora")
+
+
+@dataclass
+class SalientLoRAConfig(PeftConfig):
+    """
+    Configuration of [`SalientLoRAModel`]: LoRA as `W + lora_alpha / init_r * B diag(E) A`, which starts with `init_r`
+    ranks in every module and prunes them by their salience until `target_r` ranks a module are left on average
+    (SalientLoRA, NeurIPS 2024).
+
+    The schedule has three phases: `warmup` steps without pruning, `allocation` steps in which ranks are pruned over
+    windows that grow from `initial_window` to `final_window` steps, and the rest of the training with fixed ranks. The
+    first two are given in optimizer steps or as fractions of the training; neither given means the fractions 0.1 and
+    0.5. With `target_r == init_r` nothing is ever pruned.
+
+    Example:
+
+        ```py
+        >>> from peft import get_peft_model
+        >>> from peft_rank import RankAllocationCallback, SalientLoRAConfig
+
+        >>> config = SalientLoRAConfig(init_r=15, target_r=2, target_modules="all-linear", task_type="SEQ_CLS")
+        >>> model = get_peft_model(model, config)
+        >>> trainer = Trainer(model, args, train_dataset=data, callbacks=[RankAllocationCallback()])
+        ```
+
+    Raises:
+        ValueError: If a field, or a combination of fields, is outside its legal range; the message names the field,
+            the value, the range and the remedy.
+    """
+
+    init_r: int = field(default=15, metadata={"help": "Initial rank of every adapted module (`rank_pattern` overrides it)."})
+    target_r: int = field(
+        default=2,
+        metadata={
+            "help": "Average rank of the adapted modules at the end of the allocation: `target_r * modules` ranks are "
+            "left in all. Equal to `init_r`: no allocation."
+        },
+    )
+    lora_alpha: float = field(
+        default=16.0,
+        metadata={"help": "The update is scaled by `lora_alpha / init_r`; pruning does not change the scale."},
+    )
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout probability of the adapter's input."})
+    init_weights: Union[bool, Literal["gaussian", "orthogonal", "lora"]] = field(
+        default=True,
+        metadata={
+            "help": "How A, E and B start. `True`: the recommended initialisation, under which the adapter starts as "
+            "the identity. `False`: random, not the identity. `'gaussian'`: A and B normal with deviation 0.02, E = 0, "
+            "as in the released code. `'orthogonal'`: A and B with orthonormal ranks, E = 0. `'lora'`: A as in LoRA, "
+            "E = 1, B = 0."
+        },
+    )
+    warmup_steps: Optional[int] = field(
+        default=None, metadata={"help": "Optimizer steps before the allocation starts (or give `warmup_ratio`)."}
+    )
+    warmup_ratio: Optional[float] = field(
+        default=None, metadata={"help": "The same as a fraction of the training; 0.1 if neither is given."}
+    )
+    allocation_steps: Optional[int] = field(
+        default=None,
+        metadata={"help": "Optimizer steps over which ranks are pruned (or give `allocation_ratio`)."},
+    )
+    allocation_ratio: Optional[float] = field(
+        default=None, metadata={"help": "The same as a fraction of the training; 0.5 if neither is given."}
+    )
+    total_steps: Optional[int] = field(
+        default=None,
+        metadata={
+            "help": "Optimizer steps of the whole training. Only needed in a hand-written loop that uses fractions; "
+            "`RankAllocationCallback` knows it."
+        },
+    )
+    initial_window: int = field(default=10, metadata={"help": "Steps of the first time window (T_i in the paper)."})
+    final_window: int = field(default=200, metadata={"help": "Steps that the windows grow to (T_f in the paper)."})
+    correlation_threshold: float = field(
+        default=0.9,
+        metadata={"help": "Two singular values depend on each other if their correlation reaches this (beta)."},
+    )
+    slope_threshold: float = field(
+        default=2.0,
+        metadata={"help": "... and if the slope of one on the other reaches this (gamma). Above 1 no cycles exist."},
+    )
+    salience_lambda: float = field(
+        default=0.7, metadata={"help": "Weight of the magnitude in the salience; the influence gets the rest (lambda)."}
+    )
+    graph_scope: Literal["model", "module"] = field(
+        default="model",
+        metadata={"help": "Look for dependencies among all singular values, or only within each module."},
+    )
+    magnitude_scope: Literal["model", "module"] = field(
+        default="model",
+        metadata={"help": "Compare magnitudes over the model, or as shares of their module (as the released code)."},
+    )
+    orth_reg_weight: float = field(
+        default=0.1,
+        metadata={"help": "Weight of the orthogonality regularizer. Its gradient is added once a step, never the loss."},
+    )
+    min_r: int = field(default=0, metadata={"help": "No module is pruned below this rank."})
+    reference: bool = field(
+        default=False,
+        metadata={"help": "Use the released code's scores and pruning rule, which may miss the budget."},
+    )
+    target_modules: Optional[Union[list[str], str]] = field(
+        default=None,
+        metadata={
+            "help": "Names of the modules to adapt, a regular expression, or 'all-linear'. By default those that LoRA "
+            "adapts in the architecture."
+        },
+    )
+    exclude_modules: Optional[Union[list[str], str]] = field(
+        default=None, metadata={"help": "Names of modules, or a regular expression, that are not adapted."}
+    )
+    layers_to_transform: Optional[Union[list[int], int]] = field(
+        default=None, metadata={"help": "Indices of the layers to adapt; all by default."}
+    )
+    layers_pattern: Optional[Union[list[str], str]] = field(
+        default=None, metadata={"help": "Name of the list of layers that `layers_to_transform` counts in."}
+    )
+    modules_to_save: Optional[list[str]] = field(
+        default=None, metadata={"help": "Modules besides the adapters that are trained and saved, such as a classifier."}
+    )
+    bias: Literal["none", "all", "salientlora_only"] = field(
+        default="none", metadata={"help": "Which biases are trained: none, all, or those of the adapted modules."}
+    )
+    fan_in_fan_out: bool = field(
+        default=False, metadata={"help": "True for layers that store their weight as (in, out), such as `Conv1D`."}
+    )
+    rank_pattern: Optional[dict[str, int]] = field(
+        default_factory=dict,
+        metadata={
+            "help": "Ranks of single modules, by name or regular expression, matched as in LoRA. Written by the "
+            "allocation."
+        },
+    )
+    allocation_state: Optional[dict[str, Any]] = field(
+        default=None,
+        metadata={
+            "help": "Written to checkpoints of an unfinished allocation: where in the checkpoint its state is kept. "
+            "Not to be set by hand."
+        },
+    )
+    peft_rank_version: Optional[str] = field(
+        default=None, metadata={"help": "Version of peft_rank that wrote the configuration. Not to be set by hand."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.SALIENTLORA
+        if isinstance(self.target_modules, list):
+            self.target_modules = set(self.target_modules)
+        if isinstance(self.exclude_modules, list):
+            self.exclude_modules = set(self.exclude_modules)
+        self.rank_pattern = {} if self.rank_pattern is None else self.rank_pattern
+        self._check_ranks()
+        self._check_salience()
+        self._check_schedule()
+        self._check_modules()
+
+    @property
+    def scaling(self) -> float:
+        """Factor of `B diag(E) A`, constant through pruning."""
+        return self.lora_alpha / self.init_r
+
+    @property
+    def allocates(self) -> bool:
+        """Whether ranks are to be pruned at all."""
+        return self.target_r < self.init_r
+
+    def schedule(self, total_steps: Optional[int], initial_total: int, target_total: int) -> AllocationSchedule:
+        """The allocation schedule in steps.
+
+        Args:
+            total_steps (`int`, *optional*): Optimizer steps of the training.
+            initial_total (`int`), target_total (`int`): Total rank at the start and at the end of the allocation.
+
+        Raises:
+            ValueError: If a phase is given as a fraction and `total_steps` is not known, or if the phases do not fit.
+        """
+        total_steps = self.total_steps if total_steps is None else total_steps
+        warmup = self._phase("warmup", 0.1, total_steps)
+        allocation = self._phase("allocation", 0.5, total_steps)
+        return AllocationSchedule(
+            warmup_steps=warmup,
+            allocation_steps=allocation,
+            total_steps=warmup + allocation if total_steps is None else total_steps,
+            initial_window=self.initial_window,
+            final_window=self.final_window,
+            initial_total=initial_total,
+            target_total=target_total,
+            reference=self.reference,
+        )
+
+    def _phase(self, name: str, default_ratio: float, total_steps: Optional[int]) -> int:
+        steps, ratio = getattr(self, f"{name}_steps"), getattr(self, f"{name}_ratio")
+        if steps is not None:
+            return steps
+        ratio = default_ratio if ratio is None else ratio
+        if total_steps is None:
+            raise ValueError(
+                f"`{name}_ratio={ratio}` is a fraction of the training, whose length is not known. Add "
+                f"`RankAllocationCallback()` to the Trainer, call `resolve_schedule(total_steps)` before the first step, "
+                f"or give `{name}_steps`."
+            )
+        # at least one step where a fraction was asked for: a short training is still allocated
+        return max(round(ratio * total_steps), 1 if ratio > 0 else 0)
+
+    def _check_ranks(self) -> None:
+        _check_int("init_r", self.init_r, 1)
+        _check_int("target_r", self.target_r, 1)
+        if self.target_r > self.init_r:
+            raise ValueError(
+                f"`target_r={self.target_r}` must be at most `init_r={self.init_r}`: ranks are pruned, never added. "
+                "Raise `init_r`, or lower `target_r`."
+            )
+        _check_int("min_r", self.min_r, 0)
+        if self.min_r > self.target_r:
+            raise ValueError(
+                f"`min_r={self.min_r}` must be at most `target_r={self.target_r}`, or the budget cannot be met."
+            )
+        for name, rank in self.rank_pattern.items():
+            _check_int(f"rank_pattern[{name!r}]", rank, 0)
+        _check_range("lora_alpha", self.lora_alpha, self.lora_alpha > 0, "above 0")
+        _check_range("lora_dropout", self.lora_dropout, 0 <= self.lora_dropout < 1, "in [0, 1)")
+        if not isinstance(self.init_weights, bool) and self.init_weights not in INITIALISATIONS:
+            raise ValueError(
+                f"`init_weights={self.init_weights!r}` must be True, False or one of {', '.join(INITIALISATIONS)}."
+            )
+
+    def _check_salience(self) -> None:
+        beta = self.correlation_threshold
+        _check_range("correlation_threshold", beta, 0 < beta <= 1, "in (0, 1]")
+        _check_range("slope_threshold", self.slope_threshold, self.slope_threshold > 0, "above 0")
+        _check_range("salience_lambda", self.salience_lambda, 0 <= self.salience_lambda <= 1, "in [0, 1]")
+        _check_range("orth_reg_weight", self.orth_reg_weight, self.orth_reg_weight >= 0, "0 or more")
+        for name in ("graph_scope", "magnitude_scope"):
+            if getattr(self, name) not in ("model", "module"):
+                raise ValueError(f"`{name}={getattr(self, name)!r}` must be 'model' or 'module'.")
+
+    def _check_schedule(self) -> None:
+        for name in ("warmup", "allocation"):
+            steps, ratio = getattr(self, f"{name}_steps"), getattr(self, f"{name}_ratio")
+            if steps is not None and ratio is not None:
+                raise ValueError(
+                    f"`{name}_steps={steps}` and `{name}_ratio={ratio}` say the same thing twice. Give only one."
+                )
+            if steps is not None:
+                _check_int(f"{name}_steps", steps, 0)
+            if ratio is not None:
+                _check_range(f"{name}_ratio", ratio, 0 <= ratio <= 1, "in [0, 1]")
+        if self.total_steps is not None:
+            _check_int("total_steps", self.total_steps, 1)
+        _check_int("initial_window", self.initial_window, 1)
+        _check_int("final_window", self.final_window, 1)
+        if self.initial_window > self.final_window:
+            raise ValueError(
+                f"`initial_window={self.initial_window}` must be at most `final_window={self.final_window}`: windows "
+                "grow."
+            )
+        if self.allocates and (self.allocation_steps == 0 or self.allocation_ratio == 0):
+            raise ValueError(
+                f"No step is left for the allocation of `init_r={self.init_r}` to `target_r={self.target_r}`. Give "
+                "`allocation_steps` of 1 or more, or set `target_r` to `init_r` for an adapter of fixed rank."
+            )
+        if (self.warmup_ratio or 0) + (self.allocation_ratio or 0) > 1:
+            raise ValueError(
+                f"`warmup_ratio={self.warmup_ratio}` and `allocation_ratio={self.allocation_ratio}` must not sum to "
+                "more than 1."
+            )
+
+    def _check_modules(self) -> None:
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError("`layers_to_transform` cannot be used when `target_modules` is a string. Give a list of names.")
+        if isinstance(self.target_modules, str) and self.layers_pattern is not None:
+            raise ValueError("`layers_pattern` cannot be used when `target_modules` is a string. Give a list of names.")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("`layers_pattern` needs `layers_to_transform`: which layers of the list to adapt.")
+        if self.bias not in ("none", "all", "salientlora_only"):
+            raise ValueError(f"`bias={self.bias!r}` must be 'none', 'all' or 'salientlora_only'.")
+
+
+def _check_int(name: str, value: Any, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise ValueError(f"`{name}={value!r}` must be an integer of {minimum} or more.")
+
+
+def _check_range(name: str, value: Any, legal: bool, text: str) -> None:
+    if not legal:
+        raise ValueError(f"`{name}={value!r}` must be {text}.")

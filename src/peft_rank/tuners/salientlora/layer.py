@@ -1,0 +1,285 @@
+# Copyright 2026 The peft_rank authors. Licensed under the Apache License, Version 2.0.
+"""Linear layers with an update B diag(E) A whose rank can change while the model trains."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from typing import Any, Optional
+
+import torch
+import torch.nn.functional as F
+from peft.tuners._buffer_dict import BufferDict
+from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.utils import quantization_extra_repr, resolve_quantization_backend
+from peft.utils.other import transpose
+from torch import nn
+
+from .config import SalientLoRAConfig
+from .functional import AddToGradient, LinearWithUpdate
+
+
+class SalientLoRALayer(BaseTunerLayer):
+    """State of the adapters of one module, whatever its type.
+
+    Every attribute that is keyed by adapter name starts with the tuner's prefix. For an adapter of rank r, A is
+    (r, in_features), E is (r,) and B is (out_features, r). `salientlora_mask`, where present, is (r,) of the factors'
+    dtype, 0 for ranks that are pruned but not yet removed.
+    """
+
+    adapter_layer_names = ("salientlora_A", "salientlora_E", "salientlora_B")
+    other_param_names = (
+        "salientlora_r",
+        "salientlora_scaling",
+        "salientlora_dropout",
+        "salientlora_mask",
+        "salientlora_state",
+    )
+
+    def __init__(self, base_layer: nn.Module, **kwargs: Any) -> None:
+        self.base_layer = base_layer
+        self.quantization_backend = resolve_quantization_backend(
+            self.get_base_layer(), get_apply_tensor_subclass=kwargs.get("get_apply_tensor_subclass")
+        )
+        self.salientlora_r: dict[str, int] = {}
+        self.salientlora_scaling: dict[str, float] = {}
+        self.salientlora_dropout = nn.ModuleDict({})
+        self.salientlora_A = nn.ParameterDict({})
+        self.salientlora_E = nn.ParameterDict({})
+        self.salientlora_B = nn.ParameterDict({})
+        # plain tensors: DDP broadcasts the buffers of a module in every forward
+        self.salientlora_mask: dict[str, torch.Tensor] = {}
+        self.salientlora_state = BufferDict({})
+        # gradients of the regularizer that the next backward adds, by adapter: (of A, of B)
+        self._armed: dict[str, list[Optional[torch.Tensor]]] = {}
+        self._disable_adapters = False
+        self.merged_adapters: list[str] = []
+        self.cast_input_dtype_enabled = True  # read by `peft.helpers.disable_input_dtype_casting`
+        self.kwargs = kwargs
+        self.in_features, self.out_features = _get_in_out_features(self.get_base_layer())
+        if self.in_features is None or self.out_features is None:
+            raise TypeError(f"Unsupported layer type {type(self.get_base_layer())}.")
+
+    def update_layer(
+        self, adapter_name: str, r: int, config: SalientLoRAConfig, state_numel: int = 0, **kwargs: Any
+    ) -> None:
+        """Create the adapter `adapter_name` with rank `r`; `state_numel` bytes of a checkpoint's state are reserved."""
+        self.salientlora_r[adapter_name] = r
+        self.salientlora_scaling[adapter_name] = config.scaling
+        self.salientlora_dropout[adapter_name] = (
+            nn.Dropout(p=config.lora_dropout) if config.lora_dropout > 0.0 else nn.Identity()
+        )
+        self.salientlora_A[adapter_name] = nn.Parameter(torch.empty(r, self.in_features))
+        self.salientlora_E[adapter_name] = nn.Parameter(torch.empty(r))
+        self.salientlora_B[adapter_name] = nn.Parameter(torch.empty(self.out_features, r))
+        self.reset_parameters(adapter_name, config.init_weights)
+        if state_numel:
+            self.salientlora_state[adapter_name] = torch.zeros(state_numel, dtype=torch.uint8)
+        self._move_adapter_to_device_of_base_layer(adapter_name)
+        self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+
+    @torch.no_grad()
+    def reset_parameters(self, adapter_name: str, init_weights: bool | str) -> None:
+        """Initialise the factors, see `SalientLoRAConfig.init_weights`."""
+        A, E, B = self.salientlora_A[adapter_name], self.salientlora_E[adapter_name], self.salientlora_B[adapter_name]
+        if A.device.type == "meta" or A.shape[0] == 0:
+            return
+        if init_weights == "lora":
+            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+            nn.init.ones_(E)
+            nn.init.zeros_(B)
+        elif init_weights == "orthogonal":
+            nn.init.orthogonal_(A)
+            nn.init.zeros_(E)
+            nn.init.orthogonal_(B)
+        else:
+            nn.init.normal_(A, std=0.02)
+            nn.init.zeros_(E)
+            nn.init.normal_(B, std=0.02)
+        if init_weights is False:
+            for factor in (A, B):
+                nn.init.kaiming_uniform_(factor, a=math.sqrt(5))
+            nn.init.ones_(E)
+
+    def resize(self, adapter_name: str, r: int) -> None:
+        """Give the adapter rank `r` with undefined values; the Parameter objects stay, so that optimizers keep them."""
+        if self.salientlora_r[adapter_name] == r:
+            return
+        self.salientlora_r[adapter_name] = r
+        A, E, B = self.salientlora_A[adapter_name], self.salientlora_E[adapter_name], self.salientlora_B[adapter_name]
+        A.data = A.data.new_zeros(r, self.in_features)
+        E.data = E.data.new_zeros(r)
+        B.data = B.data.new_zeros(self.out_features, r)
+        for parameter in (A, E, B):
+            parameter.grad = None
+
+    def set_mask(self, adapter_name: str, keep: torch.Tensor) -> None:
+        """Prune the ranks where `keep`, (r,) bool, is False, without removing them."""
+        E = self.salientlora_E[adapter_name]
+        keep = keep.to(E.device, E.dtype)
+        if adapter_name in self.salientlora_mask:
+            # in place: a compiled model does not notice
+            self.salientlora_mask[adapter_name].copy_(keep)
+        else:
+            self.salientlora_mask[adapter_name] = keep
+
+    def factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """A (r, in), E (r,) and B (out, r) as the forward pass uses them: gathered, masked and, if armed, regularized."""
+        A, E, B = self.salientlora_A[adapter_name], self.salientlora_E[adapter_name], self.salientlora_B[adapter_name]
+        if A.dim() != 2:
+            # ZeRO-3 shows a placeholder for a partitioned parameter and gathers those of the running module only;
+            # once registered, it gathers these with the layer.
+            self._register_sharded(A, E, B)
+        if adapter_name in self.salientlora_mask:
+            E = E * self.salientlora_mask[adapter_name].to(E.dtype)
+        if adapter_name in self._armed and torch.is_grad_enabled():
+            A = AddToGradient.apply(A, self._armed, adapter_name, 0)
+            B = AddToGradient.apply(B, self._armed, adapter_name, 1)
+        return A, E, B
+
+    def _register_sharded(self, *parameters: nn.Parameter) -> None:
+        from deepspeed.zero import register_external_parameter
+
+        for parameter in parameters:
+            register_external_parameter(self, parameter)
+            parameter.all_gather()
+
+    def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
+        """`scaling * B diag(E) A` in the layout of the base weight, computed in float32 at least."""
+        A, E, B = (factor.detach() for factor in self.factors(adapter_name))
+        dtype = torch.promote_types(A.dtype, torch.float32)
+        A, E, B = A.to(dtype), E.to(dtype), B.to(dtype)
+        return transpose((B * (E * self.salientlora_scaling[adapter_name])) @ A, self.fan_in_fan_out)
+
+    def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
+        """
+        Merge the active adapters into the base weight.
+
+        Args:
+            safe_merge (`bool`, *optional*, defaults to `False`): Merge into a copy and check it for NaNs first.
+            adapter_names (`list[str]`, *optional*): The adapters to merge, by default all active ones.
+
+        Raises:
+            ValueError: If `safe_merge` finds a merged weight that is not finite; the base weight is unchanged.
+            TypeError: If the base layer is quantized in a way that cannot be undone.
+        """
+        for active_adapter in check_adapters_to_merge(self, adapter_names):
+            if active_adapter not in self.salientlora_A:
+                continue
+            weight = self.get_base_weight()
+            merged = (weight + self.get_delta_weight(active_adapter).to(weight.device)).to(weight.dtype)
+            if safe_merge and not torch.isfinite(merged).all():
+                raise ValueError(
+                    f"NaNs detected in the merged weights. The adapter {active_adapter} seems to be broken"
+                )
+            self._store_base_weight(merged)
+            self.merged_adapters.append(active_adapter)
+
+    def unmerge(self) -> None:
+        """Take all merged adapters out of the base weight again."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.")
+            return
+        while self.merged_adapters:
+            active_adapter = self.merged_adapters.pop()
+            weight = self.get_base_weight()
+            delta = self.get_delta_weight(active_adapter).to(weight.device)
+            self._store_base_weight((weight - delta).to(weight.dtype))
+
+    def _store_base_weight(self, weight: torch.Tensor) -> None:
+        if self.quantization_backend is None:
+            # in place, so that a weight that is tied or shared with other processes stays so
+            self.get_base_layer().weight.data.copy_(weight)
+        else:
+            self.set_base_weight(weight)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
+
+class SalientLoRALinear(nn.Module, SalientLoRALayer):
+    """A linear layer, quantized or not, or a `Conv1D`, plus the updates of its active adapters."""
+
+    def __init__(
+        self, base_layer: nn.Module, adapter_name: str, config: SalientLoRAConfig, r: int, **kwargs: Any
+    ) -> None:
+        super().__init__()
+        SalientLoRALayer.__init__(self, base_layer, **kwargs)
+        self.fan_in_fan_out = config.fan_in_fan_out
+        self._active_adapter = adapter_name
+        self.update_layer(adapter_name, r, config=config, **kwargs)
+
+    def forward(
+        self, x: torch.Tensor, *args: Any, adapter_names: Optional[list[str]] = None, **kwargs: Any
+    ) -> torch.Tensor:
+        """(..., in_features) -> (..., out_features); `adapter_names` names the adapter of every sample."""
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        if adapter_names is not None:
+            return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
+        adapters = [] if self.merged else [name for name in self.active_adapters if name in self.salientlora_A]
+        if len(adapters) == 1 and not args and not kwargs and self._can_fuse(x, adapters[0]):
+            base = self.base_layer
+            A, E, B = self.factors(adapters[0])
+            return LinearWithUpdate.apply(x, base.weight, base.bias, A, E, B, self.salientlora_scaling[adapters[0]])
+        result = self.base_layer(x, *args, **kwargs)
+        if adapters and self.quantization_backend is not None:
+            result = self.quantization_backend.maybe_clone_base_result(result)
+        for adapter_name in adapters:
+            result = self._add_update(result, x, adapter_name)
+        return result
+
+    def _can_fuse(self, x: torch.Tensor, adapter_name: str) -> bool:
+        """Whether base product and update can be one autograd function: a plain, frozen `nn.Linear` without hooks."""
+        base = self.base_layer
+        return (
+            type(base) is nn.Linear
+            and type(base.weight) is nn.Parameter
+            and base.weight.dim() == 2
+            and not base.weight.requires_grad
+            and (base.bias is None or not base.bias.requires_grad)
+            and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
+            and "forward" not in base.__dict__
+            and (x.dtype == base.weight.dtype or torch.is_autocast_enabled(x.device.type))
+            and isinstance(self.salientlora_dropout[adapter_name], nn.Identity)
+            and self.salientlora_r[adapter_name] > 0
+            and not torch.compiler.is_compiling()
+        )
+
+    def _add_update(self, result: torch.Tensor, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        """`result + scaling * B diag(E) A x`, in the dtype of `result`; the factors are cast, never the activation."""
+        A, E, B = self.factors(adapter_name)
+        if A.shape[0] == 0:
+            # Data-parallel training waits for the gradient of every parameter, empty ones too.
+            distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+            return result + (A.sum() + E.sum() + B.sum()).to(result.dtype) if distributed else result
+        x = self.salientlora_dropout[adapter_name](x)
+        scaled = B * (E * self.salientlora_scaling[adapter_name])
+        update = F.linear(F.linear(x, A.to(x.dtype)), scaled.to(x.dtype))
+        return result + update.to(result.dtype)
+
+    def _mixed_batch_forward(
+        self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
+    ) -> torch.Tensor:
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+        result = self.base_layer(x, *args, **kwargs).clone()
+        for name in sorted(set(adapter_names) & set(self.salientlora_A.keys())):
+            rows = [row for row, wanted in enumerate(adapter_names) if wanted == name]
+            result[rows] = self._add_update(result[rows], x[rows], name)
+        return result
+
+    def __repr__(self) -> str:
+        return "salientlora." + super().__repr__()
+
+    def extra_repr(self) -> str:
+        return quantization_extra_repr(self)

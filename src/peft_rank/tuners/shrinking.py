@@ -1,0 +1,58 @@
+# Copyright 2026 The peft_rank authors. Licensed under the Apache License, Version 2.0.
+"""Replaces parameters by narrower ones while an optimizer holds them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+
+def unwrap_optimizer(optimizer: Optimizer) -> Optimizer:
+    """The torch optimizer behind accelerate's wrapper."""
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+
+
+def can_slice_state(optimizer: Optimizer, parameters: list[nn.Parameter]) -> bool:
+    """Whether the optimizer's state of these parameters can be cut like the parameters themselves.
+
+    That is so if every tensor in it is elementwise (of the parameter's shape) or a scalar: Adam and its relatives, SGD,
+    RMSprop. Factored (Adafactor) and quantized states have other shapes.
+    """
+    for parameter in parameters:
+        for value in optimizer.state.get(parameter, {}).values():
+            if torch.is_tensor(value) and value.dim() > 0 and value.shape != parameter.shape:
+                return False
+    return True
+
+
+@torch.no_grad()
+def narrow(parameter: nn.Parameter, dim: int, index: torch.Tensor) -> nn.Parameter:
+    """A new parameter with the rows (`dim=0`) or columns (`dim=1`) `index` of `parameter`."""
+    data = parameter.detach().index_select(dim, index)
+    return nn.Parameter(data, requires_grad=parameter.requires_grad)
+
+
+@torch.no_grad()
+def swap_parameters(
+    optimizer: Optimizer, replacements: Mapping[nn.Parameter, tuple[nn.Parameter, int, torch.Tensor]]
+) -> None:
+    """Let `optimizer` go on with narrower parameters.
+
+    Args:
+        optimizer (`Optimizer`): Changed in place; its groups keep their order and options.
+        replacements: For every old parameter the new one, and the `dim` and `index` that it was cut by.
+    """
+    for group in optimizer.param_groups:
+        group["params"] = [replacements[p][0] if p in replacements else p for p in group["params"]]
+    for old, (new, dim, index) in replacements.items():
+        if old not in optimizer.state:
+            continue
+        optimizer.state[new] = {
+            key: value.index_select(dim, index) if torch.is_tensor(value) and value.shape == old.shape else value
+            for key, value in optimizer.state.pop(old).items()
+        }
