@@ -164,7 +164,7 @@ def allocation_span(args: MethodArguments, total_steps: int) -> tuple[int, int] 
     if not allocates(args):
         return None
     warmup, length = (
-        round(value * total_steps) if value < 1 else int(value)
+        max(round(value * total_steps), 1 if value > 0 else 0) if value < 1 else int(value)
         for value in (args.allocation_warmup_steps, args.allocation_steps)
     )
     return warmup, warmup + length
@@ -202,7 +202,7 @@ def add_allocation(trainer: Trainer, args: MethodArguments) -> None:
     if args.method == "adalora" and allocates(args):
         trainer.add_callback(AdaLoraCallback(args))
     if args.method == "salientlora":
-        trainer.add_callback(RankAllocationCallback(log=trainer.log, output_dir=trainer.args.output_dir))
+        trainer.add_callback(RankAllocationCallback(log=trainer.log))
 
 
 def final_ranks(args: MethodArguments, model: PreTrainedModel | PeftModel) -> dict[str, int]:
