@@ -45,8 +45,8 @@ def keep_top(
     total = scores.shape[0] if scores.dim() == 1 else -1
     if total != sum(group_sizes) or any(size < 0 for size in group_sizes):
         raise ValueError(
-            f"`group_sizes` must be non-negative and sum to the number of scores, got {sum(group_sizes)} for `scores` of "
-            f"shape {tuple(scores.shape)}."
+            f"`group_sizes` must be non-negative and sum to the number of scores, got {sum(group_sizes)} for `scores` "
+            f"of shape {tuple(scores.shape)}."
         )
     if alive is not None and (alive.shape != scores.shape or alive.dtype != torch.bool):
         raise ValueError(f"`alive` must be bool of shape ({total},), got {alive.dtype} of {tuple(alive.shape)}.")
@@ -65,8 +65,8 @@ def keep_top(
     n_floor, n_alive = torch.stack([floor.sum(), alive.sum()]).tolist()
     if not n_floor <= budget <= n_alive:
         raise ValueError(
-            f"`budget` must be between {n_floor} (what min_r={min_r} keeps) and {n_alive} (the ranks alive), got {budget}."
-            + (" Lower min_r or raise the budget." if 0 <= budget < n_floor else "")
+            f"`budget` must be between {n_floor} (what min_r={min_r} keeps) and {n_alive} (the ranks alive), "
+            f"got {budget}." + (" Lower min_r or raise the budget." if 0 <= budget < n_floor else "")
         )
     by_priority = by_score[floor[by_score].argsort(descending=True, stable=True)]
     keep = torch.zeros_like(alive)

@@ -249,8 +249,8 @@ def _scatter(by_module: Tensor, members: Tensor, n: int) -> Tensor:
 def _check_window(window: Tensor, alive: Tensor | None, beta: float, gamma: float) -> None:
     if window.dim() != 2 or window.shape[0] < 1 or not window.is_floating_point():
         raise ValueError(
-            f"`window` must be floating point of shape (steps, ranks) with one step or more, got {window.dtype} of shape "
-            f"{tuple(window.shape)}."
+            f"`window` must be floating point of shape (steps, ranks) with one step or more, got {window.dtype} of "
+            f"shape {tuple(window.shape)}."
         )
     if alive is not None and (alive.shape != window.shape[1:] or alive.dtype != torch.bool):
         raise ValueError(
@@ -278,7 +278,8 @@ def _check_options(
         )
     if sum(group_sizes) != n or any(size < 0 for size in group_sizes):
         raise ValueError(
-            f"`group_sizes` must be non-negative and sum to the {n} ranks of the window, got a sum of {sum(group_sizes)}."
+            f"`group_sizes` must be non-negative and sum to the {n} ranks of the window, got a sum of "
+            f"{sum(group_sizes)}."
         )
     if not 0 <= salience_lambda <= 1:
         raise ValueError(f"`salience_lambda` must be between 0 and 1, got {salience_lambda}.")
@@ -291,6 +292,6 @@ def _require_finite(**tensors: Tensor) -> None:
     for name, tensor in tensors.items():
         if not bool(tensor.isfinite().all()):
             raise ValueError(
-                f"`{name}` must be finite, but holds NaN or infinity: training has diverged. Lower the learning rate, clip "
-                "gradients, or go back to a checkpoint from before."
+                f"`{name}` must be finite, but holds NaN or infinity: training has diverged. Lower the learning rate, "
+                "clip gradients, or go back to a checkpoint from before."
             )
