@@ -1,7 +1,9 @@
 # Copyright 2026 The peft_rank authors. Licensed under the Apache License, Version 2.0.
 """Adaptive ranks for PEFT: importing this package registers its tuner types."""
 
+from .callbacks import RankAllocationCallback
+from .ranks import get_rank_pattern
 from .tuners.salientlora import SalientLoRAConfig, SalientLoRAModel
 
 
-__all__ = ["SalientLoRAConfig", "SalientLoRAModel"]
+__all__ = ["RankAllocationCallback", "SalientLoRAConfig", "SalientLoRAModel", "get_rank_pattern"]

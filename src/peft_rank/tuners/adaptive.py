@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from pathlib import Path
 from typing import Literal, Optional
 
 from peft.tuners.tuners_utils import BaseTuner
@@ -85,6 +86,23 @@ class AdaptiveRankTuner(BaseTuner):
 
         Raises:
             RuntimeError: If an allocation was configured but no step of it was ever recorded.
+        """
+
+    @property
+    @abstractmethod
+    def allocation_finished(self) -> bool:
+        """Whether every trained adapter meets its budget."""
+
+    @abstractmethod
+    def check_resumed(self, global_step: int, checkpoint: Optional[Path] = None) -> None:
+        """Make sure that an allocation that is resumed after `global_step` steps goes on where it stopped.
+
+        Args:
+            global_step (`int`): Number of completed optimizer steps.
+            checkpoint (`Path`, *optional*): Folder to read the state from, where an engine restored the weights itself.
+
+        Raises:
+            RuntimeError: If steps of the allocation are missing.
         """
 
     @abstractmethod

@@ -271,11 +271,6 @@ class SalientLoRAConfig(PeftConfig):
                 f"`initial_window={self.initial_window}` must be at most `final_window={self.final_window}`: windows "
                 "grow."
             )
-        if self.allocates and (self.allocation_steps == 0 or self.allocation_ratio == 0):
-            raise ValueError(
-                f"No step is left for the allocation of `init_r={self.init_r}` to `target_r={self.target_r}`. Give "
-                "`allocation_steps` of 1 or more, or set `target_r` to `init_r` for an adapter of fixed rank."
-            )
         if (self.warmup_ratio or 0) + (self.allocation_ratio or 0) > 1:
             raise ValueError(
                 f"`warmup_ratio={self.warmup_ratio}` and `allocation_ratio={self.allocation_ratio}` must not sum to "

@@ -6,7 +6,6 @@ from __future__ import annotations
 from typing import Any, Optional
 
 import torch
-import torch.nn.functional as F
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx, once_differentiable
 
@@ -42,12 +41,18 @@ class LinearWithUpdate(Function):
             scale = (E * scaling).to(B.dtype)
             up = torch.mul(B, scale, out=torch.empty_like(B, dtype=dtype, requires_grad=False))
             hidden = rows @ low.T  # (tokens, r)
-            result = F.linear(rows, weight, None if bias is None else bias.to(dtype))
-            result.addmm_(hidden, up.T)
+            # an output that is a view could not be changed in place by whoever gets it
+            result = torch.empty(*x.shape[:-1], weight.shape[0], dtype=dtype, device=x.device)
+            flat = result.view(-1, weight.shape[0])  # (tokens, out)
+            if bias is None:
+                torch.mm(rows, weight.T, out=flat)
+            else:
+                torch.addmm(bias.to(dtype), rows, weight.T, out=flat)
+            flat.addmm_(hidden, up.T)
         ctx.save_for_backward(rows, weight, low, up, hidden, scale, B)
         ctx.scaling = scaling
         ctx.input_shape = x.shape
-        return result.view(*x.shape[:-1], -1)
+        return result
 
     @staticmethod
     @once_differentiable

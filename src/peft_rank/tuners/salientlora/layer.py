@@ -123,6 +123,11 @@ class SalientLoRALayer(BaseTunerLayer):
         else:
             self.salientlora_mask[adapter_name] = keep
 
+    def rank(self, adapter_name: str) -> int:
+        """Number of ranks that are not pruned."""
+        mask = self.salientlora_mask.get(adapter_name)
+        return self.salientlora_r[adapter_name] if mask is None else int(mask.sum())
+
     def factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """A (r, in), E (r,) and B (out, r) as the forward pass uses them: gathered, masked and, if armed, regularized."""
         A, E, B = self.salientlora_A[adapter_name], self.salientlora_E[adapter_name], self.salientlora_B[adapter_name]
@@ -145,11 +150,11 @@ class SalientLoRALayer(BaseTunerLayer):
             parameter.all_gather()
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
-        """`scaling * B diag(E) A` in the layout of the base weight, computed in float32 at least."""
+        """`scaling * B diag(E) A` in the layout of the base weight and the dtype of A, computed in float32 at least."""
         A, E, B = (factor.detach() for factor in self.factors(adapter_name))
         dtype = torch.promote_types(A.dtype, torch.float32)
-        A, E, B = A.to(dtype), E.to(dtype), B.to(dtype)
-        return transpose((B * (E * self.salientlora_scaling[adapter_name])) @ A, self.fan_in_fan_out)
+        delta = (B.to(dtype) * (E.to(dtype) * self.salientlora_scaling[adapter_name])) @ A.to(dtype)
+        return transpose(delta, self.fan_in_fan_out).to(A.dtype)
 
     def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
         """

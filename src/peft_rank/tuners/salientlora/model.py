@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 from typing import Any, Optional
 
 import torch
@@ -15,6 +16,7 @@ from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     AuxiliaryTrainingWrapper,
     get_quantization_kwargs,
+    load_peft_weights,
     resolve_quantization_backend,
 )
 from peft.utils.integrations import gather_params_ctx
@@ -352,6 +354,32 @@ class SalientLoRAModel(AdaptiveRankTuner):
         if allocator.due(last.step) is None:
             self._record(name)
         self._prune(name, allocator.decide(last))
+
+    @property
+    def allocation_finished(self) -> bool:
+        return all(self.allocator(name).finished for name in self._allocating_adapters())
+
+    def check_resumed(self, global_step: int, checkpoint: Optional[Path] = None) -> None:
+        for name in self._allocating_adapters():
+            allocator = self.allocator(name)
+            if checkpoint is not None and allocator.last_step < global_step:
+                folder = checkpoint if name == "default" else checkpoint / name
+                self._restore_state(name, load_peft_weights(str(folder), device="cpu"))
+                allocator = self.allocator(name)
+            if not allocator.finished and global_step > max(allocator.last_step, allocator.schedule.warmup_steps):
+                raise RuntimeError(
+                    f"The training resumes at step {global_step}, but the allocation of adapter {name!r} knows only its "
+                    f"first {allocator.last_step} steps. Was it trained without RankAllocationCallback, or were the "
+                    "weights loaded without their checkpoint? Resume from a checkpoint that the callback was part of, or "
+                    "start afresh."
+                )
+
+    def _restore_state(self, adapter_name: str, weights: dict[str, torch.Tensor]) -> None:
+        state = next((value for key, value in weights.items() if key.endswith(".salientlora_state")), None)
+        if state is not None:
+            ranks = [layer.salientlora_r[adapter_name] for layer in self.adapter_layers(adapter_name).values()]
+            self._restore(adapter_name, ranks, state)
+            self._prune(adapter_name, self._allocators[adapter_name].alive)
 
     def _rank_pattern(self, adapter_name: str) -> dict[str, int]:
         allocator = self.allocator(adapter_name)

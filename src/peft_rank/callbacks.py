@@ -1,0 +1,197 @@
+# Copyright 2026 The peft_rank authors. Licensed under the Apache License, Version 2.0.
+"""Forwards the events of the HF Trainer to an adaptive tuner. All decisions are the tuner's."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Optional, Union
+from weakref import WeakKeyDictionary
+
+from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.state import AcceleratorState
+from accelerate.utils import DistributedType
+from torch import nn
+from torch.optim import Optimizer
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from .ranks import get_rank_pattern
+from .tuners.adaptive import AdaptiveRankTuner
+from .tuners.salientlora.layer import SalientLoRALayer
+
+
+RANKS_FILE = "ranks.jsonl"
+
+# which callback drives a tuner in which training, so that a second one stays idle
+_drivers: WeakKeyDictionary[AdaptiveRankTuner, tuple[TrainerState, RankAllocationCallback]] = WeakKeyDictionary()
+
+
+class RankAllocationCallback(TrainerCallback):
+    """
+    Allocates ranks while the HF Trainer (or `Seq2SeqTrainer`, or TRL's `SFTTrainer`) trains. One callback for every
+    adaptive tuner.
+
+    It resolves the schedule from the real number of steps and prints the plan, adds the regularizer's gradient, records
+    every optimizer step that was not skipped, has ranks pruned when a decision is due, and finalizes the adapter at the
+    end of the training. Gradient accumulation, label smoothing, DDP, DeepSpeed ZeRO-1/2/3 and fp16 are taken care of.
+
+    Args:
+        log (`bool` or `Callable[[dict], None]`): True prints the plan and writes `ranks.jsonl`: a line at the start, at
+            every logging step, at every decision (with the rank of every module) and at the end. A callable gets the
+            scalars `rank/total`, `rank/mean`, `rank/budget`, `orthogonality`, `allocation/window` and
+            `parameters/trainable` besides: with `trainer.add_callback(RankAllocationCallback(log=trainer.log))` they
+            reach TensorBoard, W&B and trackio. False is silent.
+        output_dir (`str`, *optional*): Folder of `ranks.jsonl`, by default the Trainer's.
+
+    Raises:
+        RuntimeError: When the training starts, if the model has no tuner that allocates, if the engine is not supported,
+            or if it resumes from a checkpoint that holds no state of the allocation; when it ends, if no step of a
+            configured allocation was ever recorded.
+        ValueError: When the training starts, if the schedule does not fit into it.
+    """
+
+    def __init__(self, log: Union[bool, Callable[[dict[str, Any]], None]] = True, output_dir: Optional[str] = None):
+        self.log = log
+        self.output_dir = output_dir
+        self._tuner: Optional[AdaptiveRankTuner] = None
+        self._decided = False
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        tuner = _find_tuner(model)
+        driver = _drivers.get(tuner)
+        if driver is not None and driver[0] is state and driver[1] is not self:
+            self._tuner = None
+            return
+        if AcceleratorState().distributed_type == DistributedType.FSDP:
+            raise RuntimeError(
+                "Ranks are not allocated under FSDP: its shards of the factors cannot be read step by step. Train with "
+                "DDP or DeepSpeed ZeRO."
+            )
+        _drivers[tuner] = (state, self)
+        self._tuner = tuner
+        plan = tuner.resolve_schedule(state.max_steps)
+        if state.global_step > 0:
+            checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")
+            tuner.check_resumed(state.global_step, checkpoint if _uses_deepspeed() else None)
+        if self.log and state.is_world_process_zero:
+            print(plan)
+            self._start_file(args, state)
+            self._write(args, {"step": state.global_step, "event": "start", "plan": plan, "ranks": get_rank_pattern(model)})
+
+    def on_step_begin(self, *args: Any, optimizer: Optimizer, **kwargs: Any) -> None:
+        if self._tuner is not None and _uses_deepspeed():
+            self._tuner.arm_regularization(float(optimizer.optimizer.loss_scale))
+
+    def on_pre_optimizer_step(self, *args: Any, optimizer: Optimizer, **kwargs: Any) -> None:
+        if self._tuner is not None and not _uses_deepspeed():
+            _unscale(optimizer)
+            self._tuner.add_regularization_gradient()
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Optimizer, **kwargs: Any
+    ) -> None:
+        if self._tuner is None or optimizer.step_was_skipped:
+            return
+        self._decided = self._tuner.update_and_allocate(
+            # the Trainer counts the step only afterwards
+            state.global_step + 1,
+            None if _uses_deepspeed() else optimizer,
+            shrink="last" if args.torch_compile else "each",
+        )
+        if self._decided and self._tuner.allocation_finished:
+            # a model from before the end of the allocation has more ranks than the budget: it does not compete
+            state.best_metric = state.best_model_checkpoint = state.best_global_step = None
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        if self._tuner is None or not self.log or not (self._decided or control.should_log):
+            return
+        event = "decision" if self._decided else "log"
+        self._decided = False
+        self._report(args, state, control, model, event)
+
+    def on_train_end(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module,
+        optimizer: Optional[Optimizer] = None,
+        **kwargs: Any,
+    ) -> None:
+        if self._tuner is None:
+            return
+        sharded = _uses_deepspeed()
+        self._tuner.finalize(None if sharded else optimizer, compact=not sharded)
+        if self.log:
+            self._report(args, state, control, model, "end")
+        _drivers.pop(self._tuner, None)
+        self._tuner = None
+
+    def _report(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, event: str
+    ) -> None:
+        # on every process: sharded factors are gathered together
+        scalars = self._tuner.rank_summary()
+        if state.is_world_process_zero:
+            ranks = {} if event == "log" else {"ranks": get_rank_pattern(model)}
+            self._write(args, {"step": state.global_step, "event": event, **scalars, **ranks})
+        if callable(self.log):
+            # the Trainer's log clears the flag that its own log of this step waits for
+            should_log = control.should_log
+            self.log(scalars)
+            control.should_log = should_log
+
+    def _path(self, args: TrainingArguments) -> Path:
+        return Path(self.output_dir or args.output_dir, RANKS_FILE)
+
+    def _start_file(self, args: TrainingArguments, state: TrainerState) -> None:
+        """Keep the lines up to the step that is resumed from; none at a fresh start."""
+        path = self._path(args)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() and state.global_step else []
+        kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+        partial = path.with_suffix(".partial")
+        partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
+        os.replace(partial, path)
+
+    def _write(self, args: TrainingArguments, line: dict[str, Any]) -> None:
+        with self._path(args).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+def _find_tuner(model: nn.Module) -> AdaptiveRankTuner:
+    tuner = next((module for module in model.modules() if isinstance(module, AdaptiveRankTuner)), None)
+    if tuner is not None:
+        return tuner
+    if any(isinstance(module, SalientLoRALayer) for module in model.modules()):
+        raise RuntimeError(
+            "The adapter was added with `model.add_adapter`, which keeps the layers and drops the tuner, so that its ranks "
+            "cannot be allocated. Use `get_peft_model(model, config)`, or train without RankAllocationCallback."
+        )
+    raise RuntimeError(
+        "RankAllocationCallback found no tuner that allocates ranks. Wrap the model first: "
+        "`get_peft_model(model, SalientLoRAConfig(...))`."
+    )
+
+
+def _uses_deepspeed() -> bool:
+    return AcceleratorState().distributed_type == DistributedType.DEEPSPEED
+
+
+def _unscale(optimizer: Optimizer) -> None:
+    """Take the fp16 loss scale out of the gradients; the scaler remembers, and looks for overflow, before our part."""
+    scaler = optimizer.scaler if isinstance(optimizer, AcceleratedOptimizer) else None
+    if scaler is None:
+        return
+    try:
+        scaler.unscale_(optimizer.optimizer)
+    except RuntimeError as error:
+        # raised where gradient clipping has unscaled them already, which the scaler does not tell beforehand
+        if "already been called" not in str(error):
+            raise

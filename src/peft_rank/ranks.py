@@ -1,0 +1,66 @@
+# Copyright 2026 The peft_rank authors. Licensed under the Apache License, Version 2.0.
+"""Reads the ranks off a model."""
+
+from __future__ import annotations
+
+from typing import Literal, Optional, Union, overload
+
+from torch import nn
+
+from .tuners.salientlora.checkpoint import exact_pattern, plain_name
+from .tuners.salientlora.layer import SalientLoRALayer
+
+
+@overload
+def get_rank_pattern(
+    model: nn.Module, *, for_lora: Literal[False] = False, adapter_name: Optional[str] = None
+) -> dict[str, int]: ...
+
+
+@overload
+def get_rank_pattern(
+    model: nn.Module, *, for_lora: Literal[True], adapter_name: Optional[str] = None
+) -> tuple[dict[str, int], list[str]]: ...
+
+
+def get_rank_pattern(
+    model: nn.Module, *, for_lora: bool = False, adapter_name: Optional[str] = None
+) -> Union[dict[str, int], tuple[dict[str, int], list[str]]]:
+    """
+    The rank of every adapted module.
+
+    Args:
+        model (`torch.nn.Module`): A model with an adapter of this package.
+        for_lora (`bool`): Return what a `LoraConfig` takes: allocation as a search, plain LoRA as the product.
+        adapter_name (`str`, *optional*): The adapter, by default the first active one.
+
+    Returns:
+        `dict[str, int]`: Module name in the base model -> rank; 0 for modules that have no rank left. With
+        `for_lora=True` instead `(rank_pattern, exclude_modules)`: `LoraConfig` refuses rank 0, so these modules are
+        excluded.
+
+    Raises:
+        TypeError: If the model has no such adapter.
+
+    Example:
+
+        ```py
+        >>> rank_pattern, exclude_modules = get_rank_pattern(model, for_lora=True)
+        >>> LoraConfig(rank_pattern=rank_pattern, exclude_modules=exclude_modules, target_modules=...)
+        ```
+    """
+    layers = {plain_name(name): m for name, m in model.named_modules() if isinstance(m, SalientLoRALayer)}
+    if not layers:
+        raise TypeError(
+            f"{type(model).__name__} has no adapter of peft_rank. Pass what `get_peft_model` or "
+            "`PeftModel.from_pretrained` returned."
+        )
+    if adapter_name is None:
+        adapter_name = next(iter(layers.values())).active_adapters[0]
+    ranks = {name: layer.rank(adapter_name) for name, layer in layers.items() if adapter_name in layer.salientlora_A}
+    if not ranks:
+        known = sorted({name for layer in layers.values() for name in layer.salientlora_A.keys()})
+        raise TypeError(f"The model has no adapter {adapter_name!r}; its adapters are {', '.join(known)}.")
+    if not for_lora:
+        return ranks
+    return {exact_pattern(name): r for name, r in ranks.items() if r}, [name for name, r in ranks.items() if not r]
