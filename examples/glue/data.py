@@ -71,16 +71,22 @@ class DataArguments:
             raise ValueError("test_file goes with train_file; for a GLUE task pass --do_predict.")
 
 
-def load_splits(args: DataArguments) -> DatasetDict:
-    """The raw splits: train, one or more validation splits, possibly test splits."""
+def is_labelled(split: str) -> bool:
+    """Whether the labels of a split are used; GLUE's test splits have none."""
+    return not split.startswith("test")
+
+
+def load_splits(args: DataArguments, with_test: bool = True) -> DatasetDict:
+    """The raw splits: train, one or more validation splits, test splits where asked for."""
     if args.train_file is None:
         splits = load_dataset(args.dataset_name, args.task_name, revision=args.dataset_revision)
     else:
         files = {"train": args.train_file, "validation": args.validation_file, "test": args.test_file}
         splits = DatasetDict({name: _read(file) for name, file in files.items() if file is not None})
-    limits = {name: args.max_train_samples if name == "train" else args.max_eval_samples for name in splits}
+    wanted = {name: data for name, data in splits.items() if with_test or is_labelled(name)}
+    limits = {name: args.max_train_samples if name == "train" else args.max_eval_samples for name in wanted}
     return DatasetDict(
-        {name: data if limits[name] is None else data.take(limits[name]) for name, data in splits.items()}
+        {name: data if limits[name] is None else data.take(limits[name]) for name, data in wanted.items()}
     )
 
 

@@ -40,7 +40,7 @@ from typing import Any
 
 import torch
 import yaml
-from data import DataArguments, Task, encode, find_task, load_splits
+from data import DataArguments, Task, encode, find_task, is_labelled, load_splits
 from datasets import Dataset, DatasetDict
 from methods import (
     MethodArguments,
@@ -207,11 +207,9 @@ def run(args: Arguments) -> dict[str, Any]:
     set_seed(training_args.seed)  # the head and the adapter are drawn before the Trainer sets it
     tokenizer = AutoTokenizer.from_pretrained(model_args.model_name_or_path, revision=model_args.model_revision)
     with training_args.main_process_first(desc="preparing the data"):
-        raw = load_splits(data_args)
+        raw = load_splits(data_args, with_test=training_args.do_predict or data_args.test_file is not None)
         task = find_task(data_args, raw["train"])
-        data = DatasetDict(
-            {name: encode(d, task, tokenizer, data_args, not name.startswith("test")) for name, d in raw.items()}
-        )
+        data = DatasetDict({name: encode(d, task, tokenizer, data_args, is_labelled(name)) for name, d in raw.items()})
     model = load_model(model_args, method_args, task)
     at_start = trainable_parameters(model)
     trainer = make_trainer(args, model, tokenizer, data, task)
@@ -220,10 +218,9 @@ def run(args: Arguments) -> dict[str, Any]:
     trainer.save_model()
     if model_args.export_lora is not None and trainer.is_world_process_zero():
         export_lora(model, model_args.export_lora)
-    if training_args.do_predict or data_args.test_file is not None:
-        for split in data:
-            if split.startswith("test"):
-                write_predictions(trainer, split, data[split], task)
+    for split in data:
+        if not is_labelled(split):
+            write_predictions(trainer, split, data[split], task)
     ranks = final_ranks(method_args, model)
     return {
         "seed": training_args.seed,
@@ -288,6 +285,9 @@ def main(argv: list[str]) -> None:
         print(f"\n{data_args.task_name or data_args.train_file}, {method_args.method}, {len(runs)} seed(s)")
         for name, value in results["summary"].items():
             print(f"  {name:<28}{value['mean']:9.4f} ± {value['std']:.4f}")
+        for one in runs:
+            start, end = one["trainable_parameters"].values()
+            print(f"  seed {one['seed']}: total rank {one['total_rank']}, trainable parameters {start:,} -> {end:,}")
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 from peft import AutoPeftModelForSequenceClassification, LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
@@ -368,3 +368,25 @@ def test_seeds_are_averaged_and_names_of_classes_written(glue, encoder, files, t
     lines = (tmp_path / "seed-3" / "predictions_test.tsv").read_text().splitlines()
     assert {line.split("\t")[1] for line in lines[1:]} <= {"praise", "other"}
     assert "accuracy" in capsys.readouterr().out
+
+
+def test_both_validation_splits_of_mnli_are_evaluated(glue, encoder, tmp_path, monkeypatch):
+    def hub(name, config, revision):
+        assert (name, config, revision) == ("nyu-mll/glue", "mnli", None)
+        texts = {"premise": ["good film"] * 8, "hypothesis": ["bad plot", "a cast"] * 4}
+        split = Dataset.from_dict(texts | {"label": [0, 1, 2, 1] * 2})
+        test = Dataset.from_dict(texts | {"label": [-1] * 8})
+        validation = {"validation_matched": split, "validation_mismatched": split}
+        return DatasetDict({"train": split, "test_matched": test, "test_mismatched": test} | validation)
+
+    monkeypatch.setattr(glue.data, "load_dataset", hub)
+    flags = (
+        f"--task_name mnli --model_name_or_path {encoder} --output_dir {tmp_path} --max_steps 1 --method lora "
+        "--do_predict true --max_eval_samples 4 --disable_tqdm true --report_to none --use_cpu true"
+    )
+    glue.run_glue.main(flags.split())
+    (run,) = json.loads((tmp_path / "results.json").read_text())["runs"]
+    kinds = ("loss", "accuracy", "score")
+    assert set(run["metrics"]) == {f"{split}_{kind}" for split in ("matched", "mismatched") for kind in kinds}
+    lines = (tmp_path / "predictions_test_mismatched.tsv").read_text().splitlines()
+    assert len(lines) == 5 and lines[1].split("\t")[1] in ("entailment", "neutral", "contradiction")
