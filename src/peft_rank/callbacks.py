@@ -7,7 +7,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Optional, Union
+from typing import Any
 from weakref import WeakKeyDictionary
 
 from accelerate.optimizer import AcceleratedOptimizer
@@ -52,10 +52,10 @@ class RankAllocationCallback(TrainerCallback):
         ValueError: When the training starts, if the schedule does not fit into it.
     """
 
-    def __init__(self, log: Union[bool, Callable[[dict[str, Any]], None]] = True, output_dir: Optional[str] = None):
+    def __init__(self, log: bool | Callable[[dict[str, Any]], None] = True, output_dir: str | None = None):
         self.log = log
         self.output_dir = output_dir
-        self._tuner: Optional[AdaptiveRankTuner] = None
+        self._tuner: AdaptiveRankTuner | None = None
         self._decided = False
 
     def on_train_begin(
@@ -80,7 +80,9 @@ class RankAllocationCallback(TrainerCallback):
         if self.log and state.is_world_process_zero:
             print(plan)
             self._start_file(args, state)
-            self._write(args, {"step": state.global_step, "event": "start", "plan": plan, "ranks": get_rank_pattern(model)})
+            self._write(
+                args, {"step": state.global_step, "event": "start", "plan": plan, "ranks": get_rank_pattern(model)}
+            )
 
     def on_step_begin(self, *args: Any, optimizer: Optimizer, **kwargs: Any) -> None:
         if self._tuner is not None and _uses_deepspeed():
@@ -92,7 +94,12 @@ class RankAllocationCallback(TrainerCallback):
             self._tuner.add_regularization_gradient()
 
     def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, optimizer: Optimizer, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Optimizer,
+        **kwargs: Any,
     ) -> None:
         if self._tuner is None or optimizer.step_was_skipped:
             return
@@ -121,7 +128,7 @@ class RankAllocationCallback(TrainerCallback):
         state: TrainerState,
         control: TrainerControl,
         model: nn.Module,
-        optimizer: Optional[Optimizer] = None,
+        optimizer: Optimizer | None = None,
         **kwargs: Any,
     ) -> None:
         if self._tuner is None:

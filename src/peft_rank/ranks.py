@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Literal, Optional, Union, overload
+from typing import Literal, overload
 
 from torch import nn
 
@@ -13,19 +13,19 @@ from .tuners.salientlora.layer import SalientLoRALayer
 
 @overload
 def get_rank_pattern(
-    model: nn.Module, *, for_lora: Literal[False] = False, adapter_name: Optional[str] = None
+    model: nn.Module, *, for_lora: Literal[False] = False, adapter_name: str | None = None
 ) -> dict[str, int]: ...
 
 
 @overload
 def get_rank_pattern(
-    model: nn.Module, *, for_lora: Literal[True], adapter_name: Optional[str] = None
+    model: nn.Module, *, for_lora: Literal[True], adapter_name: str | None = None
 ) -> tuple[dict[str, int], list[str]]: ...
 
 
 def get_rank_pattern(
-    model: nn.Module, *, for_lora: bool = False, adapter_name: Optional[str] = None
-) -> Union[dict[str, int], tuple[dict[str, int], list[str]]]:
+    model: nn.Module, *, for_lora: bool = False, adapter_name: str | None = None
+) -> dict[str, int] | tuple[dict[str, int], list[str]]:
     """
     The rank of every adapted module.
 
@@ -59,7 +59,7 @@ def get_rank_pattern(
         adapter_name = next(iter(layers.values())).active_adapters[0]
     ranks = {name: layer.rank(adapter_name) for name, layer in layers.items() if adapter_name in layer.salientlora_A}
     if not ranks:
-        known = sorted({name for layer in layers.values() for name in layer.salientlora_A.keys()})
+        known = sorted({name for layer in layers.values() for name in layer.salientlora_A})
         raise TypeError(f"The model has no adapter {adapter_name!r}; its adapters are {', '.join(known)}.")
     if not for_lora:
         return ranks

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from abc import abstractmethod
 from pathlib import Path
-from typing import Literal, Optional
+from typing import Literal
 
 from peft.tuners.tuners_utils import BaseTuner
 from torch.optim import Optimizer
@@ -56,7 +56,7 @@ class AdaptiveRankTuner(BaseTuner):
 
     @abstractmethod
     def update_and_allocate(
-        self, global_step: int, optimizer: Optional[Optimizer] = None, shrink: ShrinkPolicy = "each"
+        self, global_step: int, optimizer: Optimizer | None = None, shrink: ShrinkPolicy = "each"
     ) -> bool:
         """Record the state after an optimizer step and, if a decision is due, prune: after `optimizer.step()`, before
         `zero_grad()`. Calling it again for the same step does nothing.
@@ -76,7 +76,7 @@ class AdaptiveRankTuner(BaseTuner):
         """
 
     @abstractmethod
-    def finalize(self, optimizer: Optional[Optimizer] = None, compact: bool = True) -> None:
+    def finalize(self, optimizer: Optimizer | None = None, compact: bool = True) -> None:
         """Finish the allocation: meet the budget exactly, remove pruned ranks, write `rank_pattern`.
 
         Args:
@@ -94,7 +94,7 @@ class AdaptiveRankTuner(BaseTuner):
         """Whether every trained adapter meets its budget."""
 
     @abstractmethod
-    def check_resumed(self, global_step: int, checkpoint: Optional[Path] = None) -> None:
+    def check_resumed(self, global_step: int, checkpoint: Path | None = None) -> None:
         """Make sure that an allocation that is resumed after `global_step` steps goes on where it stopped.
 
         Args:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Optional
 
 import safetensors
 import safetensors.torch
@@ -51,7 +50,7 @@ class RankAllocator:
         self.decided_step = -1
         self.rolled_back = False
         self.closed = False
-        self.schedule: Optional[AllocationSchedule] = None
+        self.schedule: AllocationSchedule | None = None
         self.decisions: list[Decision] = []
         self._rows = 0
         self._window = torch.empty(0, sum(sizes))
@@ -88,7 +87,7 @@ class RankAllocator:
         """Length of the current window in steps, 0 outside of the allocation phase."""
         return self.pending[0].window if self.pending and not self.finished else 0
 
-    def plan(self, total_steps: Optional[int]) -> AllocationSchedule:
+    def plan(self, total_steps: int | None) -> AllocationSchedule:
         """Set the schedule; raises as `SalientLoRAConfig.schedule` does."""
         initial = sum(self.initial_sizes)
         self.schedule = self.config.schedule(total_steps, initial, min(self.target_total, initial))
@@ -121,7 +120,7 @@ class RankAllocator:
         regularizer[: self._rows] = self._regularizer[: self._rows].to(device)
         self._window, self._regularizer = window, regularizer
 
-    def due(self, step: int) -> Optional[Decision]:
+    def due(self, step: int) -> Decision | None:
         """The decision to take after `step`: the last one whose time has come, if anything was recorded for it."""
         late = [decision for decision in self.pending if decision.step <= step]
         return late[-1] if late and self._rows else None

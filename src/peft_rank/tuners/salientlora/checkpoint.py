@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Optional
 
 import torch
 
@@ -39,7 +38,7 @@ def to_checkpoint(
     layers: Mapping[str, SalientLoRALayer],
     config: SalientLoRAConfig,
     adapter_name: str,
-    allocator: Optional[RankAllocator],
+    allocator: RankAllocator | None,
 ) -> dict[str, torch.Tensor]:
     """
     The entries to save, and `config` brought into agreement with them.

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal, Optional, Union
+from typing import Any, Literal
 
 from peft import PeftConfig
 from peft.utils import PeftType
@@ -43,7 +43,9 @@ class SalientLoRAConfig(PeftConfig):
             the value, the range and the remedy.
     """
 
-    init_r: int = field(default=15, metadata={"help": "Initial rank of every adapted module (`rank_pattern` overrides it)."})
+    init_r: int = field(
+        default=15, metadata={"help": "Initial rank of every adapted module (`rank_pattern` overrides it)."}
+    )
     target_r: int = field(
         default=2,
         metadata={
@@ -56,7 +58,7 @@ class SalientLoRAConfig(PeftConfig):
         metadata={"help": "The update is scaled by `lora_alpha / init_r`; pruning does not change the scale."},
     )
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout probability of the adapter's input."})
-    init_weights: Union[bool, Literal["gaussian", "orthogonal", "lora"]] = field(
+    init_weights: bool | Literal["gaussian", "orthogonal", "lora"] = field(
         default=True,
         metadata={
             "help": "How A, E and B start. `True`: the recommended initialisation, under which the adapter starts as "
@@ -65,20 +67,20 @@ class SalientLoRAConfig(PeftConfig):
             "E = 1, B = 0."
         },
     )
-    warmup_steps: Optional[int] = field(
+    warmup_steps: int | None = field(
         default=None, metadata={"help": "Optimizer steps before the allocation starts (or give `warmup_ratio`)."}
     )
-    warmup_ratio: Optional[float] = field(
+    warmup_ratio: float | None = field(
         default=None, metadata={"help": "The same as a fraction of the training; 0.1 if neither is given."}
     )
-    allocation_steps: Optional[int] = field(
+    allocation_steps: int | None = field(
         default=None,
         metadata={"help": "Optimizer steps over which ranks are pruned (or give `allocation_ratio`)."},
     )
-    allocation_ratio: Optional[float] = field(
+    allocation_ratio: float | None = field(
         default=None, metadata={"help": "The same as a fraction of the training; 0.5 if neither is given."}
     )
-    total_steps: Optional[int] = field(
+    total_steps: int | None = field(
         default=None,
         metadata={
             "help": "Optimizer steps of the whole training. Only needed in a hand-written loop that uses fractions; "
@@ -96,7 +98,8 @@ class SalientLoRAConfig(PeftConfig):
         metadata={"help": "... and if the slope of one on the other reaches this (gamma). Above 1 no cycles exist."},
     )
     salience_lambda: float = field(
-        default=0.7, metadata={"help": "Weight of the magnitude in the salience; the influence gets the rest (lambda)."}
+        default=0.7,
+        metadata={"help": "Weight of the magnitude in the salience; the influence gets the rest (lambda)."},
     )
     graph_scope: Literal["model", "module"] = field(
         default="model",
@@ -108,31 +111,34 @@ class SalientLoRAConfig(PeftConfig):
     )
     orth_reg_weight: float = field(
         default=0.1,
-        metadata={"help": "Weight of the orthogonality regularizer. Its gradient is added once a step, never the loss."},
+        metadata={
+            "help": "Weight of the orthogonality regularizer. Its gradient is added once a step, never the loss."
+        },
     )
     min_r: int = field(default=0, metadata={"help": "No module is pruned below this rank."})
     reference: bool = field(
         default=False,
         metadata={"help": "Use the released code's scores and pruning rule, which may miss the budget."},
     )
-    target_modules: Optional[Union[list[str], str]] = field(
+    target_modules: list[str] | str | None = field(
         default=None,
         metadata={
             "help": "Names of the modules to adapt, a regular expression, or 'all-linear'. By default those that LoRA "
             "adapts in the architecture."
         },
     )
-    exclude_modules: Optional[Union[list[str], str]] = field(
+    exclude_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Names of modules, or a regular expression, that are not adapted."}
     )
-    layers_to_transform: Optional[Union[list[int], int]] = field(
+    layers_to_transform: list[int] | int | None = field(
         default=None, metadata={"help": "Indices of the layers to adapt; all by default."}
     )
-    layers_pattern: Optional[Union[list[str], str]] = field(
+    layers_pattern: list[str] | str | None = field(
         default=None, metadata={"help": "Name of the list of layers that `layers_to_transform` counts in."}
     )
-    modules_to_save: Optional[list[str]] = field(
-        default=None, metadata={"help": "Modules besides the adapters that are trained and saved, such as a classifier."}
+    modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={"help": "Modules besides the adapters that are trained and saved, such as a classifier."},
     )
     bias: Literal["none", "all", "salientlora_only"] = field(
         default="none", metadata={"help": "Which biases are trained: none, all, or those of the adapted modules."}
@@ -140,21 +146,21 @@ class SalientLoRAConfig(PeftConfig):
     fan_in_fan_out: bool = field(
         default=False, metadata={"help": "True for layers that store their weight as (in, out), such as `Conv1D`."}
     )
-    rank_pattern: Optional[dict[str, int]] = field(
+    rank_pattern: dict[str, int] | None = field(
         default_factory=dict,
         metadata={
             "help": "Ranks of single modules, by name or regular expression, matched as in LoRA. Written by the "
             "allocation."
         },
     )
-    allocation_state: Optional[dict[str, Any]] = field(
+    allocation_state: dict[str, Any] | None = field(
         default=None,
         metadata={
             "help": "Written to checkpoints of an unfinished allocation: where in the checkpoint its state is kept. "
             "Not to be set by hand."
         },
     )
-    peft_rank_version: Optional[str] = field(
+    peft_rank_version: str | None = field(
         default=None, metadata={"help": "Version of peft_rank that wrote the configuration. Not to be set by hand."}
     )
 
@@ -181,7 +187,7 @@ class SalientLoRAConfig(PeftConfig):
         """Whether ranks are to be pruned at all."""
         return self.target_r < self.init_r
 
-    def schedule(self, total_steps: Optional[int], initial_total: int, target_total: int) -> AllocationSchedule:
+    def schedule(self, total_steps: int | None, initial_total: int, target_total: int) -> AllocationSchedule:
         """The allocation schedule in steps.
 
         Args:
@@ -205,7 +211,7 @@ class SalientLoRAConfig(PeftConfig):
             reference=self.reference,
         )
 
-    def _phase(self, name: str, default_ratio: float, total_steps: Optional[int]) -> int:
+    def _phase(self, name: str, default_ratio: float, total_steps: int | None) -> int:
         steps, ratio = getattr(self, f"{name}_steps"), getattr(self, f"{name}_ratio")
         if steps is not None:
             return steps
@@ -279,9 +285,13 @@ class SalientLoRAConfig(PeftConfig):
 
     def _check_modules(self) -> None:
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
-            raise ValueError("`layers_to_transform` cannot be used when `target_modules` is a string. Give a list of names.")
+            raise ValueError(
+                "`layers_to_transform` cannot be used when `target_modules` is a string. Give a list of names."
+            )
         if isinstance(self.target_modules, str) and self.layers_pattern is not None:
-            raise ValueError("`layers_pattern` cannot be used when `target_modules` is a string. Give a list of names.")
+            raise ValueError(
+                "`layers_pattern` cannot be used when `target_modules` is a string. Give a list of names."
+            )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError("`layers_pattern` needs `layers_to_transform`: which layers of the list to adapt.")
         if self.bias not in ("none", "all", "salientlora_only"):

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Any
 
 import torch
 from torch.autograd import Function
@@ -26,7 +26,7 @@ class LinearWithUpdate(Function):
         ctx: FunctionCtx,
         x: torch.Tensor,
         weight: torch.Tensor,
-        bias: Optional[torch.Tensor],
+        bias: torch.Tensor | None,
         A: torch.Tensor,
         E: torch.Tensor,
         B: torch.Tensor,
@@ -83,7 +83,7 @@ class AddToGradient(Function):
 
     @staticmethod
     def forward(
-        ctx: Any, factor: torch.Tensor, pending: dict[str, list[Optional[torch.Tensor]]], key: str, position: int
+        ctx: Any, factor: torch.Tensor, pending: dict[str, list[torch.Tensor | None]], key: str, position: int
     ) -> torch.Tensor:
         ctx.pending, ctx.key, ctx.position = pending, key, position
         return factor.view_as(factor)

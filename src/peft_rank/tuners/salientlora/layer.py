@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from typing import Any, Optional
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -51,7 +51,7 @@ class SalientLoRALayer(BaseTunerLayer):
         self.salientlora_mask: dict[str, torch.Tensor] = {}
         self.salientlora_state = BufferDict({})
         # gradients of the regularizer that the next backward adds, by adapter: (of A, of B)
-        self._armed: dict[str, list[Optional[torch.Tensor]]] = {}
+        self._armed: dict[str, list[torch.Tensor | None]] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True  # read by `peft.helpers.disable_input_dtype_casting`
@@ -156,7 +156,7 @@ class SalientLoRALayer(BaseTunerLayer):
         delta = (B.to(dtype) * (E.to(dtype) * self.salientlora_scaling[adapter_name])) @ A.to(dtype)
         return transpose(delta, self.fan_in_fan_out).to(A.dtype)
 
-    def merge(self, safe_merge: bool = False, adapter_names: Optional[list[str]] = None) -> None:
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """
         Merge the active adapters into the base weight.
 
@@ -183,7 +183,7 @@ class SalientLoRALayer(BaseTunerLayer):
     def unmerge(self) -> None:
         """Take all merged adapters out of the base weight again."""
         if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.")
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         while self.merged_adapters:
             active_adapter = self.merged_adapters.pop()
@@ -215,7 +215,7 @@ class SalientLoRALinear(nn.Module, SalientLoRALayer):
         self.update_layer(adapter_name, r, config=config, **kwargs)
 
     def forward(
-        self, x: torch.Tensor, *args: Any, adapter_names: Optional[list[str]] = None, **kwargs: Any
+        self, x: torch.Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
     ) -> torch.Tensor:
         """(..., in_features) -> (..., out_features); `adapter_names` names the adapter of every sample."""
         if self.disable_adapters:
@@ -245,7 +245,9 @@ class SalientLoRALinear(nn.Module, SalientLoRALayer):
             and base.weight.dim() == 2
             and not base.weight.requires_grad
             and (base.bias is None or not base.bias.requires_grad)
-            and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
+            and not (
+                base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
+            )
             and "forward" not in base.__dict__
             and (x.dtype == base.weight.dtype or torch.is_autocast_enabled(x.device.type))
             and isinstance(self.salientlora_dropout[adapter_name], nn.Identity)

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     AuxiliaryTrainingWrapper,
@@ -121,7 +121,8 @@ class SalientLoRAModel(AdaptiveRankTuner):
         if config.fan_in_fan_out != transposed:
             warnings.warn(
                 f"fan_in_fan_out is set to {config.fan_in_fan_out} but the target module is `{type(base).__name__}`. "
-                f"Setting fan_in_fan_out to {transposed}."
+                f"Setting fan_in_fan_out to {transposed}.",
+                stacklevel=2,
             )
             config.fan_in_fan_out = transposed
         return SalientLoRALinear(target, adapter_name, config=config, **kwargs)
@@ -136,7 +137,7 @@ class SalientLoRAModel(AdaptiveRankTuner):
         if self.training:
             raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
         layers = [m for m in self.modules() if isinstance(m, SalientLoRALayer)]
-        known = {name for layer in layers for name in layer.salientlora_A.keys()} | {"__base__"}
+        known = {name for layer in layers for name in layer.salientlora_A} | {"__base__"}
         unknown = set(adapter_names) - known
         if unknown:
             raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
@@ -199,7 +200,9 @@ class SalientLoRAModel(AdaptiveRankTuner):
         for name in self._trained_adapters():
             allocator = self.allocator(name)
             if not self.peft_config[name].allocates or allocator.finished:
-                plans.append(f"{name}: ranks fixed at {allocator.total} in {len(allocator.sizes)} modules, no allocation")
+                plans.append(
+                    f"{name}: ranks fixed at {allocator.total} in {len(allocator.sizes)} modules, no allocation"
+                )
             else:
                 plans.append(f"{name}: {allocator.plan(total_steps)}")
         return "\n".join(plans)
@@ -259,7 +262,7 @@ class SalientLoRAModel(AdaptiveRankTuner):
 
     @torch.no_grad()
     def update_and_allocate(
-        self, global_step: int, optimizer: Optional[Optimizer] = None, shrink: ShrinkPolicy = "each"
+        self, global_step: int, optimizer: Optimizer | None = None, shrink: ShrinkPolicy = "each"
     ) -> bool:
         decided = False
         for name in self._allocating_adapters():
@@ -284,7 +287,9 @@ class SalientLoRAModel(AdaptiveRankTuner):
         try:
             allocator.plan(None)
         except ValueError as error:
-            raise RuntimeError(f"The allocation has no schedule: `resolve_schedule` was not called. {error}") from error
+            raise RuntimeError(
+                f"The allocation has no schedule: `resolve_schedule` was not called. {error}"
+            ) from error
 
     def _record(self, adapter_name: str) -> None:
         with self._gathered(adapter_name):
@@ -301,7 +306,7 @@ class SalientLoRAModel(AdaptiveRankTuner):
             if adapter_name in layer.salientlora_mask or not mask.all():
                 layer.set_mask(adapter_name, mask)
 
-    def _remove_pruned(self, adapter_name: str, optimizer: Optional[Optimizer], training: bool = True) -> None:
+    def _remove_pruned(self, adapter_name: str, optimizer: Optimizer | None, training: bool = True) -> None:
         """Replace the factors by new, narrower parameters; while training, only where the optimizer can follow exactly."""
         layers = list(self.adapter_layers(adapter_name).values())
         parameters = [getattr(layer, a)[adapter_name] for layer in layers for a in layer.adapter_layer_names]
@@ -318,7 +323,7 @@ class SalientLoRAModel(AdaptiveRankTuner):
             swap_parameters(optimizer, replacements)
 
     @torch.no_grad()
-    def finalize(self, optimizer: Optional[Optimizer] = None, compact: bool = True) -> None:
+    def finalize(self, optimizer: Optimizer | None = None, compact: bool = True) -> None:
         for name in self._allocating_adapters():
             allocator = self.allocator(name)
             if not allocator.finished:
@@ -337,7 +342,8 @@ class SalientLoRAModel(AdaptiveRankTuner):
             warnings.warn(
                 f"Adapter {name!r} was loaded from a checkpoint before the end of its allocation. It keeps its "
                 f"{allocator.total} ranks; the budget of {allocator.target_total} was not reached. Select the best model "
-                "among later checkpoints to have it met."
+                "among later checkpoints to have it met.",
+                stacklevel=2,
             )
             return
         if allocator.recorded == 0:
@@ -349,7 +355,8 @@ class SalientLoRAModel(AdaptiveRankTuner):
         last = allocator.pending[-1]
         warnings.warn(
             f"The allocation of adapter {name!r} was cut short at step {allocator.last_step}, before its end at step "
-            f"{last.step}. The last decision, to {last.budget} ranks, is taken now."
+            f"{last.step}. The last decision, to {last.budget} ranks, is taken now.",
+            stacklevel=2,
         )
         if allocator.due(last.step) is None:
             self._record(name)
@@ -359,7 +366,7 @@ class SalientLoRAModel(AdaptiveRankTuner):
     def allocation_finished(self) -> bool:
         return all(self.allocator(name).finished for name in self._allocating_adapters())
 
-    def check_resumed(self, global_step: int, checkpoint: Optional[Path] = None) -> None:
+    def check_resumed(self, global_step: int, checkpoint: Path | None = None) -> None:
         for name in self._allocating_adapters():
             allocator = self.allocator(name)
             if checkpoint is not None and allocator.last_step < global_step:
@@ -388,7 +395,7 @@ class SalientLoRAModel(AdaptiveRankTuner):
         names = self.adapter_layers(adapter_name)
         return {exact_pattern(name): r for name, r in zip(names, kept, strict=True) if r != initial}
 
-    def _never_allocated(self, adapter_name: str) -> Optional[str]:
+    def _never_allocated(self, adapter_name: str) -> str | None:
         """What to tell of an allocation that was configured and never ran; None if there is nothing to tell."""
         config = self.peft_config[adapter_name]
         allocator = self._allocators.get(adapter_name) or self.allocator(adapter_name)
@@ -405,7 +412,7 @@ class SalientLoRAModel(AdaptiveRankTuner):
         message = self._never_allocated(adapter_name)
         seen = adapter_name in self._allocators and self._allocators[adapter_name].last_step > 0
         if message is not None and not seen and not self.peft_config[adapter_name].inference_mode:
-            warnings.warn(message)
+            warnings.warn(message, stacklevel=2)
 
     def rank_summary(self) -> dict[str, float]:
         name = (self._trained_adapters() or self.active_adapters)[0]
@@ -445,14 +452,16 @@ class SalientLoRAModel(AdaptiveRankTuner):
         if tuner is not None:
             state_key = next((key for key in state_dict if key.endswith(".salientlora_state")), None)
             state_dict = dict(state_dict)
-            tuner._restore(adapter_name, list(ranks.values()), None if state_key is None else state_dict.pop(state_key))
+            tuner._restore(
+                adapter_name, list(ranks.values()), None if state_key is None else state_dict.pop(state_key)
+            )
         for name, layer in layers.items():
             layer.resize(adapter_name, ranks[name])
         if tuner is not None and adapter_name in tuner._allocators:
             tuner._prune(adapter_name, tuner._allocators[adapter_name].alive)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
-    def _restore(self, adapter_name: str, ranks: list[int], state: Optional[torch.Tensor]) -> None:
+    def _restore(self, adapter_name: str, ranks: list[int], state: torch.Tensor | None) -> None:
         """Continue from a checkpoint's allocator, or, if it has none, start with its ranks."""
         allocator = RankAllocator(self.peft_config[adapter_name], ranks)
         if state is not None:
@@ -475,7 +484,7 @@ def _pass_adapter_names(module: nn.Module, args: Any, kwargs: dict[str, Any], ad
     return args, kwargs
 
 
-def _find_tuner(cls: type[SalientLoRAModel], model: nn.Module) -> Optional[SalientLoRAModel]:
+def _find_tuner(cls: type[SalientLoRAModel], model: nn.Module) -> SalientLoRAModel | None:
     """The tuner inside a PeftModel; None where only the layers were injected."""
     return next((module for module in model.modules() if isinstance(module, cls)), None)
 
