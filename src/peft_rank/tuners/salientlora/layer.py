@@ -15,6 +15,7 @@ from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from peft.utils.other import transpose
 from torch import nn
 
+from ..shrinking import narrow
 from .config import SalientLoRAConfig
 from .functional import AddToGradient, LinearWithUpdate
 
@@ -112,6 +113,26 @@ class SalientLoRALayer(BaseTunerLayer):
         B.data = B.data.new_zeros(self.out_features, r)
         for parameter in (A, E, B):
             parameter.grad = None
+
+    def narrow(
+        self, adapter_name: str, keep: torch.Tensor
+    ) -> dict[nn.Parameter, tuple[nn.Parameter, int, torch.Tensor]]:
+        """Keep only the ranks where `keep`, (r,) bool, is True, in new parameters.
+
+        Returns:
+            For every old parameter the new one, and the dimension and index that it was cut by, as `swap_parameters`
+            takes them.
+        """
+        replacements = {}
+        for attribute in self.adapter_layer_names:
+            parameters = getattr(self, attribute)
+            old = parameters[adapter_name]
+            dim = 1 if attribute == "salientlora_B" else 0
+            index = keep.nonzero().squeeze(1).to(old.device)
+            parameters[adapter_name] = narrow(old, dim, index)
+            replacements[old] = (parameters[adapter_name], dim, index)
+        self.salientlora_r[adapter_name] = int(keep.sum())
+        return replacements
 
     def set_mask(self, adapter_name: str, keep: torch.Tensor) -> None:
         """Prune the ranks where `keep`, (r,) bool, is False, without removing them."""

@@ -1,0 +1,325 @@
+# Copyright 2026 The peft_rank authors. Licensed under the Apache License, Version 2.0.
+"""The training loop's side of the tuner: carries out on the layers what the allocators decide."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from peft.utils import load_peft_weights
+from peft.utils.integrations import gather_params_ctx
+from torch import nn
+from torch.optim import Optimizer
+
+from peft_rank.orthogonality import orthogonality, orthogonality_gradient
+
+from ..adaptive import AdaptiveRankTuner, ShrinkPolicy
+from ..shrinking import can_slice_state, swap_parameters, unwrap_optimizer
+from .allocator import RankAllocator
+from .checkpoint import exact_pattern
+from .layer import SalientLoRALayer
+
+
+class SalientLoRATraining(AdaptiveRankTuner):
+    """What a training loop calls, over the allocator of each adapter."""
+
+    def __init__(self, *args, **kwargs) -> None:
+        # injection, which the base class starts, needs both
+        self._allocators: dict[str, RankAllocator] = {}
+        self._layers: dict[str, dict[str, SalientLoRALayer]] = {}
+        super().__init__(*args, **kwargs)
+
+    def inject_adapter(self, *args, **kwargs) -> None:
+        self._layers.clear()
+        super().inject_adapter(*args, **kwargs)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self._layers.clear()
+        self._allocators.pop(adapter_name, None)
+
+    def adapter_layers(self, adapter_name: str) -> dict[str, SalientLoRALayer]:
+        """The layers that hold the adapter, by module name in the base model, in injection order."""
+        if adapter_name not in self._layers:
+            self._layers[adapter_name] = {
+                name: module
+                for name, module in self.model.named_modules()
+                if isinstance(module, SalientLoRALayer) and adapter_name in module.salientlora_A
+            }
+        return self._layers[adapter_name]
+
+    def allocator(self, adapter_name: str) -> RankAllocator:
+        """The allocator of the adapter, made on first use."""
+        if adapter_name not in self._allocators:
+            sizes = [layer.salientlora_r[adapter_name] for layer in self.adapter_layers(adapter_name).values()]
+            self._allocators[adapter_name] = RankAllocator(self.peft_config[adapter_name], sizes)
+        return self._allocators[adapter_name]
+
+    def _trained_adapters(self) -> list[str]:
+        """Active adapters whose factors are being trained."""
+        return [
+            name
+            for name in self.active_adapters
+            if any(layer.salientlora_A[name].requires_grad for layer in self.adapter_layers(name).values())
+        ]
+
+    def _allocating_adapters(self) -> list[str]:
+        return [name for name in self._trained_adapters() if self.peft_config[name].allocates]
+
+    def resolve_schedule(self, total_steps: int) -> str:
+        plans = []
+        for name in self._trained_adapters():
+            allocator = self.allocator(name)
+            if not self.peft_config[name].allocates or allocator.finished:
+                plans.append(
+                    f"{name}: ranks fixed at {allocator.total} in {len(allocator.sizes)} modules, no allocation"
+                )
+            else:
+                plans.append(f"{name}: {allocator.plan(total_steps)}")
+        return "\n".join(plans)
+
+    def add_regularization_gradient(self) -> None:
+        for name in self._trained_adapters():
+            self._refuse_sharded(name)
+            for parameter, gradient in self._regularization_gradients(name):
+                if parameter.grad is None:
+                    parameter.grad = gradient.to(parameter.dtype)
+                else:
+                    parameter.grad.add_(gradient)
+
+    def arm_regularization(self, loss_scale: float = 1.0) -> None:
+        for name in self._trained_adapters():
+            layers = self.adapter_layers(name).values()
+            with self._gathered(name):
+                gradients = [gradient for _, gradient in self._regularization_gradients(name, loss_scale)]
+            for layer, *pair in zip(layers, gradients[0::2], gradients[1::2], strict=False):
+                layer._armed[name] = pair
+
+    def _regularization_gradients(
+        self, adapter_name: str, factor: float = 1.0
+    ) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
+        """Yields A, then B, of every module with the gradient of the weighted regularizer; nothing if its weight is 0."""
+        weight = self.peft_config[adapter_name].orth_reg_weight * factor
+        if weight == 0:
+            return
+        layers = list(self.adapter_layers(adapter_name).values())
+        down, up, alive = self._factors(adapter_name)
+        for layer, *pair in zip(layers, *orthogonality_gradient(down, up, alive, weight), strict=True):
+            yield layer.salientlora_A[adapter_name], pair[0]
+            yield layer.salientlora_B[adapter_name], pair[1]
+
+    def _factors(self, adapter_name: str):
+        """A, B and the masks of pruned ranks of all modules."""
+        layers = self.adapter_layers(adapter_name).values()
+        down = [layer.salientlora_A[adapter_name] for layer in layers]
+        up = [layer.salientlora_B[adapter_name] for layer in layers]
+        return down, up, [layer.salientlora_mask.get(adapter_name) for layer in layers]
+
+    @contextmanager
+    def _gathered(self, adapter_name: str) -> Iterator[None]:
+        """All factors of the adapter in full, where an engine holds shards of them."""
+        layers = self.adapter_layers(adapter_name).values()
+        parameters = [getattr(layer, a)[adapter_name] for layer in layers for a in layer.adapter_layer_names]
+        with gather_params_ctx(parameters, modifier_rank=None):
+            yield
+
+    def _refuse_sharded(self, adapter_name: str) -> None:
+        for name, layer in self.adapter_layers(adapter_name).items():
+            if layer.salientlora_A[adapter_name].dim() != 2:
+                raise RuntimeError(
+                    f"The factors of {name} are sharded, so that their gradient cannot be added to here. Call "
+                    "`arm_regularization()` before the first forward of every optimizer step instead."
+                )
+
+    @torch.no_grad()
+    def update_and_allocate(
+        self, global_step: int, optimizer: Optimizer | None = None, shrink: ShrinkPolicy = "each"
+    ) -> bool:
+        decided = False
+        for name in self._allocating_adapters():
+            allocator = self.allocator(name)
+            if allocator.schedule is None and not allocator.finished:
+                self._plan_from_steps(allocator)
+            if global_step <= allocator.last_step:
+                continue
+            allocator.last_step = global_step
+            if not allocator.wants(global_step):
+                continue
+            self._record(name)
+            decision = allocator.due(global_step)
+            if decision is not None:
+                decided = True
+                self._prune(name, allocator.decide(decision))
+                if shrink == "each" or allocator.finished:
+                    self._remove_pruned(name, optimizer)
+        return decided
+
+    def _plan_from_steps(self, allocator: RankAllocator) -> None:
+        try:
+            allocator.plan(None)
+        except ValueError as error:
+            raise RuntimeError(
+                f"The allocation has no schedule: `resolve_schedule` was not called. {error}"
+            ) from error
+
+    def _record(self, adapter_name: str) -> None:
+        with self._gathered(adapter_name):
+            layers = self.adapter_layers(adapter_name).values()
+            masks = [layer.salientlora_mask.get(adapter_name) for layer in layers]
+            values = [layer.salientlora_E[adapter_name] for layer in layers]
+            values = [E if mask is None else E * mask for E, mask in zip(values, masks, strict=True)]
+            down, up, alive = self._factors(adapter_name)
+            self.allocator(adapter_name).record(values, orthogonality(down, up, alive))
+
+    def _prune(self, adapter_name: str, keep: torch.Tensor) -> None:
+        layers = self.adapter_layers(adapter_name).values()
+        for layer, mask in zip(layers, keep.split(self.allocator(adapter_name).sizes), strict=True):
+            if adapter_name in layer.salientlora_mask or not mask.all():
+                layer.set_mask(adapter_name, mask)
+
+    def _remove_pruned(self, adapter_name: str, optimizer: Optimizer | None, training: bool = True) -> None:
+        """Replace the factors by new, narrower parameters; while training, only where the optimizer can follow exactly."""
+        layers = list(self.adapter_layers(adapter_name).values())
+        parameters = [getattr(layer, a)[adapter_name] for layer in layers for a in layer.adapter_layer_names]
+        optimizer = None if optimizer is None else unwrap_optimizer(optimizer)
+        follows = optimizer is not None and can_slice_state(optimizer, parameters)
+        if training and (_is_data_parallel() or not follows):
+            return
+        replacements = {}
+        for layer, mask in zip(layers, self.allocator(adapter_name).remove_dead(), strict=True):
+            layer.salientlora_mask.pop(adapter_name, None)
+            if not mask.all():
+                replacements.update(layer.narrow(adapter_name, mask))
+        if follows:
+            swap_parameters(optimizer, replacements)
+
+    @torch.no_grad()
+    def finalize(self, optimizer: Optimizer | None = None, compact: bool = True) -> None:
+        for name in self._allocating_adapters():
+            allocator = self.allocator(name)
+            if not allocator.finished:
+                self._finish_early(name, allocator)
+            for layer in self.adapter_layers(name).values():
+                layer._armed.pop(name, None)
+            if compact:
+                self._remove_pruned(name, optimizer, training=False)
+            allocator.closed = True
+            config = self.peft_config[name]
+            config.rank_pattern = self._rank_pattern(name)
+            config.allocation_state = None
+
+    def _finish_early(self, name: str, allocator: RankAllocator) -> None:
+        if allocator.rolled_back:
+            warnings.warn(
+                f"Adapter {name!r} was loaded from a checkpoint before the end of its allocation. It keeps its "
+                f"{allocator.total} ranks; the budget of {allocator.target_total} was not reached. Select the best model "
+                "among later checkpoints to have it met.",
+                stacklevel=2,
+            )
+            return
+        if allocator.recorded == 0:
+            raise RuntimeError(self._never_allocated(name))
+        if allocator.schedule is None:
+            self._plan_from_steps(allocator)
+        if not allocator.pending:
+            return
+        last = allocator.pending[-1]
+        warnings.warn(
+            f"The allocation of adapter {name!r} was cut short at step {allocator.last_step}, before its end at step "
+            f"{last.step}. The last decision, to {last.budget} ranks, is taken now.",
+            stacklevel=2,
+        )
+        if allocator.due(last.step) is None:
+            self._record(name)
+        self._prune(name, allocator.decide(last))
+
+    @property
+    def allocation_finished(self) -> bool:
+        return all(self.allocator(name).finished for name in self._allocating_adapters())
+
+    def check_resumed(self, global_step: int, checkpoint: Path | None = None) -> None:
+        for name in self._allocating_adapters():
+            allocator = self.allocator(name)
+            if checkpoint is not None and allocator.last_step < global_step:
+                folder = checkpoint if name == "default" else checkpoint / name
+                self._restore_state(name, load_peft_weights(str(folder), device="cpu"))
+                allocator = self.allocator(name)
+            if not allocator.finished and global_step > max(allocator.last_step, allocator.schedule.warmup_steps):
+                raise RuntimeError(
+                    f"The training resumes at step {global_step}, but the allocation of adapter {name!r} knows only its "
+                    f"first {allocator.last_step} steps. Was it trained without RankAllocationCallback, or were the "
+                    "weights loaded without their checkpoint? Resume from a checkpoint that the callback was part of, or "
+                    "start afresh."
+                )
+
+    def _restore_state(self, adapter_name: str, weights: dict[str, torch.Tensor]) -> None:
+        state = next((value for key, value in weights.items() if key.endswith(".salientlora_state")), None)
+        if state is not None:
+            ranks = [layer.salientlora_r[adapter_name] for layer in self.adapter_layers(adapter_name).values()]
+            self._restore(adapter_name, ranks, state)
+            self._prune(adapter_name, self._allocators[adapter_name].alive)
+
+    def _rank_pattern(self, adapter_name: str) -> dict[str, int]:
+        allocator = self.allocator(adapter_name)
+        kept = [int(mask.sum()) for mask in allocator.alive.split(allocator.sizes)]
+        initial = self.peft_config[adapter_name].init_r
+        names = self.adapter_layers(adapter_name)
+        return {exact_pattern(name): r for name, r in zip(names, kept, strict=True) if r != initial}
+
+    def _never_allocated(self, adapter_name: str) -> str | None:
+        """What to tell of an allocation that was configured and never ran; None if there is nothing to tell."""
+        config = self.peft_config[adapter_name]
+        allocator = self._allocators.get(adapter_name) or self.allocator(adapter_name)
+        if not config.allocates or allocator.finished or allocator.recorded > 0:
+            return None
+        return (
+            f"The rank allocation of adapter {adapter_name!r} never ran: it still has {allocator.total} ranks instead of "
+            f"{allocator.target_total}. Add `RankAllocationCallback()` to the Trainer's callbacks, or call "
+            "`model.base_model.update_and_allocate(step)` after every optimizer step; for an adapter of fixed rank set "
+            "`target_r` to `init_r`."
+        )
+
+    def _warn_if_never_allocated(self, adapter_name: str) -> None:
+        message = self._never_allocated(adapter_name)
+        seen = adapter_name in self._allocators and self._allocators[adapter_name].last_step > 0
+        if message is not None and not seen and not self.peft_config[adapter_name].inference_mode:
+            warnings.warn(message, stacklevel=2)
+
+    def rank_summary(self) -> dict[str, float]:
+        name = (self._trained_adapters() or self.active_adapters)[0]
+        allocator = self.allocator(name)
+        with self._gathered(name):
+            regularizer = orthogonality(*self._factors(name))
+        return {
+            "rank/total": allocator.total,
+            "rank/mean": allocator.total / len(allocator.sizes),
+            "rank/budget": allocator.budget,
+            "orthogonality": float(regularizer),
+            "allocation/window": allocator.window_length,
+            "parameters/trainable": sum(p.numel() for p in self.parameters() if p.requires_grad),
+        }
+
+    def _restore(self, adapter_name: str, ranks: list[int], state: torch.Tensor | None) -> None:
+        """Continue from a checkpoint's allocator, or, if it has none, start with its ranks."""
+        allocator = RankAllocator(self.peft_config[adapter_name], ranks)
+        if state is not None:
+            allocator.unpack(state, ranks)
+        before = self._allocators.get(adapter_name)
+        if before is not None:
+            allocator.schedule, allocator.decisions = before.schedule, before.decisions
+            allocator.rolled_back = before.recorded > 0 and allocator.last_step < before.last_step
+        if before is not None or state is not None:
+            self._allocators[adapter_name] = allocator
+        for layer in self.adapter_layers(adapter_name).values():
+            layer.salientlora_mask.pop(adapter_name, None)
+            layer._armed.pop(adapter_name, None)
+            if adapter_name in layer.salientlora_state:
+                del layer.salientlora_state[adapter_name]
+
+
+def _is_data_parallel() -> bool:
+    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+    return distributed and torch.distributed.get_world_size() > 1
