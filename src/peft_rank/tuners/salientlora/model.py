@@ -24,6 +24,7 @@ from transformers.pytorch_utils import Conv1D
 from .checkpoint import check_widths, plain_name, to_checkpoint
 from .config import SalientLoRAConfig
 from .layer import SalientLoRALayer, SalientLoRALinear
+from .training import SalientLoRATraining
 
 
 class SalientLoRAModel(SalientLoRATraining):
