@@ -198,13 +198,19 @@ def shrinking(base: LlamaForCausalLM) -> list[dict[str, Any]]:
 
 
 def no_synchronisation(base: LlamaForCausalLM) -> None:
-    """Fails if a step waits for the device."""
+    """Fails if the adapter, the regularizer or the recording waits for the device (transformers' own masks do)."""
     step = Step(base, salient(16, 8), "4x512")
     for _ in range(4):
         step()
+    tuner = step.model.base_model
+    layer = next(iter(tuner.adapter_layers("default").values()))
+    x = torch.randn(4, 512, layer.in_features, device="cuda", dtype=torch.bfloat16)
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
-    step()
+    layer(x).sum().backward()
+    tuner.add_regularization_gradient()
+    step.optimizer.step()
+    tuner.update_and_allocate(step.count + 1, step.optimizer)
     torch.cuda.set_sync_debug_mode("default")
     step.close()
 
