@@ -86,7 +86,8 @@ class SalientLoRATraining(AdaptiveRankTuner):
             self._refuse_sharded(name)
             for parameter, gradient in self._regularization_gradients(name):
                 if parameter.grad is None:
-                    parameter.grad = gradient.to(parameter.dtype)
+                    # in the parameter's own layout, which fused optimizers insist on
+                    parameter.grad = torch.empty_like(parameter).copy_(gradient)
                 else:
                     parameter.grad.add_(gradient)
 
