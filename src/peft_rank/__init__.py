@@ -3,7 +3,15 @@
 
 from .callbacks import RankAllocationCallback
 from .ranks import get_rank_pattern
+from .reporting import plot_ranks, rank_table
 from .tuners.salientlora import SalientLoRAConfig, SalientLoRAModel
 
 
-__all__ = ["RankAllocationCallback", "SalientLoRAConfig", "SalientLoRAModel", "get_rank_pattern"]
+__all__ = [
+    "RankAllocationCallback",
+    "SalientLoRAConfig",
+    "SalientLoRAModel",
+    "get_rank_pattern",
+    "plot_ranks",
+    "rank_table",
+]
