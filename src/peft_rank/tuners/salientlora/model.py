@@ -104,6 +104,13 @@ class SalientLoRAModel(SalientLoRATraining):
             config.fan_in_fan_out = transposed
         return SalientLoRALinear(target, adapter_name, config=config, **kwargs)
 
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(new_module, SalientLoRALayer):
+            super()._replace_module(parent, child_name, new_module, child)
+        else:
+            # put back when unloading: the base class would look for a weight, which a pooler in `modules_to_save` has not
+            setattr(parent, child_name, new_module)
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Hand `adapter_names` of a mixed-batch inference down to the layers."""
