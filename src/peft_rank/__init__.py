@@ -2,6 +2,8 @@
 """Adaptive ranks for PEFT: importing this package registers its tuner types."""
 
 from .callbacks import RankAllocationCallback
+from .export import export_lora
+from .export.card import register_model_card
 from .ranks import get_rank_pattern
 from .reporting import plot_ranks, rank_table
 from .tuners.salientlora import SalientLoRAConfig, SalientLoRAModel
@@ -11,7 +13,10 @@ __all__ = [
     "RankAllocationCallback",
     "SalientLoRAConfig",
     "SalientLoRAModel",
+    "export_lora",
     "get_rank_pattern",
     "plot_ranks",
     "rank_table",
 ]
+
+register_model_card()

@@ -49,6 +49,27 @@ def get_rank_pattern(
         >>> LoraConfig(rank_pattern=rank_pattern, exclude_modules=exclude_modules, target_modules=...)
         ```
     """
+    adapter_name, layers = adapter_layers(model, adapter_name)
+    ranks = {name: layer.rank(adapter_name) for name, layer in layers.items()}
+    if not for_lora:
+        return ranks
+    return {exact_pattern(name): r for name, r in ranks.items() if r}, [name for name, r in ranks.items() if not r]
+
+
+def adapter_layers(model: nn.Module, adapter_name: str | None = None) -> tuple[str, dict[str, SalientLoRALayer]]:
+    """
+    The layers that hold an adapter.
+
+    Args:
+        model (`torch.nn.Module`): A model with an adapter of this package.
+        adapter_name (`str`, *optional*): The adapter, by default the first active one.
+
+    Returns:
+        `tuple[str, dict[str, SalientLoRALayer]]`: The adapter's name, and its layers by module name in the base model.
+
+    Raises:
+        TypeError: If the model has no such adapter.
+    """
     layers = {plain_name(name): m for name, m in model.named_modules() if isinstance(m, SalientLoRALayer)}
     if not layers:
         raise TypeError(
@@ -57,10 +78,8 @@ def get_rank_pattern(
         )
     if adapter_name is None:
         adapter_name = next(iter(layers.values())).active_adapters[0]
-    ranks = {name: layer.rank(adapter_name) for name, layer in layers.items() if adapter_name in layer.salientlora_A}
-    if not ranks:
+    found = {name: layer for name, layer in layers.items() if adapter_name in layer.salientlora_A}
+    if not found:
         known = sorted({name for layer in layers.values() for name in layer.salientlora_A})
         raise TypeError(f"The model has no adapter {adapter_name!r}; its adapters are {', '.join(known)}.")
-    if not for_lora:
-        return ranks
-    return {exact_pattern(name): r for name, r in ranks.items() if r}, [name for name, r in ranks.items() if not r]
+    return adapter_name, found

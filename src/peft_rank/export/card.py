@@ -1,0 +1,211 @@
+# Copyright 2026 The peft_rank authors. Licensed under the Apache License, Version 2.0.
+"""Model cards: a section of `README.md` that names method, budget, ranks and versions, and how to load the adapter.
+
+PEFT writes the cards of all methods in `PeftModel.create_or_update_model_card`, which asks tuners nothing, and
+transformers' `push_to_hub` then replaces the file by a card of its own. `register_model_card` extends both.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import re
+import warnings
+from collections.abc import Callable
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+import transformers
+from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
+from peft import LoraConfig, PeftModel
+from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+
+from peft_rank.reporting import rank_grid
+from peft_rank.tuners.salientlora import SalientLoRAConfig
+
+from .snapshot import AdapterSummary, summarize_model
+
+
+CARD_NAME = "README.md"
+START, END = "<!-- peft_rank: start -->", "<!-- peft_rank: end -->"
+TAGS = ("peft_rank", "adaptive-rank")
+HERE = "path/or/repository-of-this-adapter"
+
+
+# ---- the extension of PEFT ----
+
+
+def register_model_card() -> None:
+    """Let PEFT's model cards tell of our adapters. Repeating it changes nothing; other adapters' cards stay as they are."""
+    own = vars(PeftModel).get("_peft_rank_own_card")
+    if own is None:
+        own = PeftModel._peft_rank_own_card = PeftModel.create_or_update_model_card
+
+    @wraps(own)
+    def create_or_update_model_card(self: PeftModel, output_dir: str) -> None:
+        _write_card(self, Path(output_dir), own)
+
+    def _upload_modified_files(self: PeftModel, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+        if _our_adapters(self):
+            _write_card(self, Path(working_dir), own, location=repo_id)
+        return super(PeftModel, self)._upload_modified_files(working_dir, repo_id, *args, **kwargs)
+
+    PeftModel.create_or_update_model_card = create_or_update_model_card
+    PeftModel._upload_modified_files = _upload_modified_files
+
+
+def _write_card(
+    model: PeftModel, directory: Path, own: Callable[[PeftModel, str], None], location: str = HERE
+) -> None:
+    """Write PEFT's card, then our part of it. An adapter is worth more than its card: here a failure only warns."""
+    adapters = _our_adapters(model)
+    path = directory / CARD_NAME
+    # PEFT forgets the tags that a card already has
+    tags = ModelCard.load(path).data.tags if adapters and path.exists() else None
+    own(model, str(directory))
+    if not adapters:
+        return
+    try:
+        card = ModelCard.load(path)
+        summaries = {name: summarize_model(model, name) for name in adapters}
+        _put_data(card, _base_model(card.data.base_model, adapters), tags or [])
+        _put_section(card, _adapter_section(summaries, location))
+        card.save(path)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the adapter is still to be saved
+        warnings.warn(f"The model card says nothing of the ranks: {type(error).__name__}: {error}", stacklevel=3)
+
+
+def _our_adapters(model: PeftModel) -> dict[str, SalientLoRAConfig]:
+    return {name: config for name, config in model.peft_config.items() if isinstance(config, SalientLoRAConfig)}
+
+
+def _base_model(found: str | list[str] | None, adapters: dict[str, SalientLoRAConfig]) -> str | None:
+    recorded = next(iter(adapters.values())).base_model_name_or_path
+    return found if isinstance(found, str) and found else recorded
+
+
+# ---- cards ----
+
+
+def lora_card(summary: AdapterSummary, config: LoraConfig, path: Path) -> ModelCard:
+    """
+    The card of a plain LoRA export.
+
+    Args:
+        summary (`AdapterSummary`): The adapter that was exported.
+        config (`LoraConfig`): The configuration of the export.
+        path (`Path`): A card that is there already keeps its text outside of our section.
+    """
+    card = ModelCard.load(path) if path.exists() else ModelCard("---\n{}\n---\n\n# LoRA adapter\n")
+    base = config.base_model_name_or_path
+    _put_data(card, base, ["lora"])
+    rows = {
+        "format": "plain LoRA, converted exactly from SalientLoRA",
+        "base model": f"`{base}`" if base else "not recorded",
+        "largest rank": f"{config.r}" if config.rank_pattern else f"{config.r}, in every module",
+        "scale": "`lora_alpha` equals the rank of every module: the factor is 1",
+        **_facts(summary),
+    }
+    parts = [
+        "## Plain LoRA, ranks chosen by peft_rank",
+        _table(rows),
+        "### Load",
+        f'```python\nimport peft\nmodel = peft.{_auto_class(config)}.from_pretrained("{HERE}")\n```',
+    ]
+    if config.task_type in (None, "CAUSAL_LM"):
+        parts.append(
+            f"```shell\nvllm serve {base or 'BASE_MODEL'} --enable-lora --max-lora-rank {_vllm_rank(config.r)} "
+            f"--lora-modules adapter={HERE}\n```"
+        )
+    parts += ["### Ranks", rank_grid(summary.ranks).markdown()]
+    _put_section(card, "\n\n".join(parts))
+    return card
+
+
+def _vllm_rank(rank: int) -> int:
+    """vLLM takes powers of two from 8."""
+    return max(8, 1 << (rank - 1).bit_length())
+
+
+def _adapter_section(summaries: dict[str, AdapterSummary], location: str) -> str:
+    parts = ["## Ranks chosen by peft_rank"]
+    for name, summary in summaries.items():
+        config = summary.config
+        if len(summaries) > 1:
+            parts.append(f"Adapter `{name}`:")
+        base = config.base_model_name_or_path
+        rows = {"method": "SalientLoRA", "base model": f"`{base}`" if base else "not recorded", **_facts(summary)}
+        parts += [_table(rows), rank_grid(summary.ranks).markdown()]
+    config = next(iter(summaries.values())).config
+    parts += [
+        "### Load",
+        f'```python\nimport peft_rank, peft\nmodel = peft.{_auto_class(config)}.from_pretrained("{location}")\n```',
+        "`pip install peft-rank` provides the first. To do without it, export to plain LoRA, which is exact:",
+        '```python\npeft_rank.export_lora(model, "plain-lora")\n```',
+        f"or `peft-rank export {location} plain-lora`, which needs the adapter's files only.",
+    ]
+    return "\n\n".join(parts)
+
+
+def _facts(summary: AdapterSummary) -> dict[str, str]:
+    modules, config = len(summary.ranks), summary.config
+    budget = f"{config.target_r} a module on average, {summary.target_total} in {modules} modules"
+    left = f"{summary.total}, {summary.total / modules:.4g} a module, largest {max(summary.ranks.values())}"
+    versions = {
+        "peft_rank": importlib.metadata.version("peft-rank"),
+        "peft": peft.__version__,
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+    }
+    return {
+        "budget": budget if config.allocates else "fixed ranks, no allocation",
+        "total rank": left if summary.finished else f"{left}; **the allocation has not finished**",
+        "trainable parameters": f"{summary.parameters + summary.other_parameters:,}, "
+        f"{summary.parameters:,} of them in the factors",
+        "size": f"{summary.bytes / 1e6:.3g} MB",
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+    }
+
+
+def _table(rows: dict[str, str]) -> str:
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+
+
+def _auto_class(config: SalientLoRAConfig | LoraConfig) -> str:
+    model_class = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
+    return f"Auto{model_class.__name__}"
+
+
+def _put_data(card: ModelCard, base_model: str | None, tags: list[str]) -> None:
+    """The metadata. The Hub refuses a card whose base model is no repository, such as a local folder."""
+    data: ModelCardData = card.data
+    data.library_name = "peft"
+    data.base_model = base_model if _is_repository(base_model) else None
+    tags = {*(data.tags or []), *tags, *TAGS, "salientlora"}
+    if data.base_model is None:
+        tags = {tag for tag in tags if not tag.startswith("base_model:")}
+    data.tags = sorted(tags)
+
+
+def _is_repository(name: str | None) -> bool:
+    try:
+        validate_repo_id(name or "")
+    except HFValidationError:
+        return False
+    return bool(name) and not Path(name).exists()
+
+
+def _put_section(card: ModelCard, section: str) -> None:
+    """Replace our section, or put it below the title; all other text stays."""
+    section = f"{START}\n\n{section}\n\n{END}"
+    marked = re.compile(f"{re.escape(START)}.*?{re.escape(END)}", re.DOTALL)
+    if marked.search(card.text):
+        card.text = marked.sub(lambda _: section, card.text, count=1)
+        return
+    title = re.search(r"^# .*$", card.text, re.MULTILINE)
+    at = title.end() if title else 0
+    card.text = f"{card.text[:at]}\n\n{section}\n{card.text[at:]}"

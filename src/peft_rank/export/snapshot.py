@@ -1,0 +1,236 @@
+# Copyright 2026 The peft_rank authors. Licensed under the Apache License, Version 2.0.
+"""An adapter as plain data, read from a model or from the files that `save_pretrained` wrote; no base weights needed."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+from peft import PeftModel, get_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
+from torch import nn
+
+from peft_rank.ranks import adapter_layers
+from peft_rank.tuners.salientlora import SalientLoRAConfig, SalientLoRALayer
+from peft_rank.tuners.salientlora.checkpoint import PEFT_PREFIX, plain_name
+
+
+FACTORS = SalientLoRALayer.adapter_layer_names
+STATE = "salientlora_state"
+
+
+@dataclass(frozen=True)
+class AdapterSummary:
+    """
+    What there is to say about an adapter without looking at its values.
+
+    Args:
+        config (`SalientLoRAConfig`): The adapter's configuration.
+        ranks (`dict[str, int]`): Module name in the base model -> ranks that are not pruned.
+        parameters (`int`): Numbers in the factors of these ranks.
+        other_parameters (`int`): Numbers in `modules_to_save` and trained biases.
+        bytes (`int`): Size of all of them.
+    """
+
+    config: SalientLoRAConfig
+    ranks: dict[str, int]
+    parameters: int
+    other_parameters: int
+    bytes: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.ranks.values())
+
+    @property
+    def target_total(self) -> int:
+        """The total rank that the adapter was to end with."""
+        return self.config.target_r * len(self.ranks)
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to allocate."""
+        return not self.config.allocates or self.total <= self.target_total
+
+
+@dataclass(frozen=True)
+class AdapterSnapshot:
+    """
+    The values of an adapter.
+
+    Args:
+        config (`SalientLoRAConfig`): The adapter's configuration, a copy.
+        factors (`dict[str, tuple]`): Module name in the base model -> A (r, in), E (r,), B (out, r), of the ranks that
+            are not pruned.
+        others (`dict[str, torch.Tensor]`): `modules_to_save` and trained biases, under the keys of PEFT's files.
+        module_names (`frozenset[str]`): All modules of the base model, as far as they are known.
+    """
+
+    config: SalientLoRAConfig
+    factors: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
+    others: dict[str, torch.Tensor]
+    module_names: frozenset[str]
+
+    @property
+    def summary(self) -> AdapterSummary:
+        factors = [factor for triple in self.factors.values() for factor in triple]
+        others = list(self.others.values())
+        return AdapterSummary(
+            config=self.config,
+            ranks={name: len(E) for name, (_, E, _) in self.factors.items()},
+            parameters=sum(tensor.numel() for tensor in factors),
+            other_parameters=sum(tensor.numel() for tensor in others),
+            bytes=sum(tensor.nbytes for tensor in [*factors, *others]),
+        )
+
+
+def _bare(model: nn.Module) -> nn.Module:
+    """The model that names its modules as PEFT does: inside of engines and compilers, outside of tuners."""
+    if isinstance(model, BaseTuner):
+        return model.model
+    return next((module for module in model.modules() if isinstance(module, PeftModel)), model)
+
+
+def read_model(model: nn.Module, adapter_name: str | None = None) -> AdapterSnapshot:
+    """
+    The adapter in a model.
+
+    Args:
+        model (`torch.nn.Module`): A model with an adapter of this package.
+        adapter_name (`str`, *optional*): The adapter, by default the first active one.
+
+    Raises:
+        TypeError: If the model has no such adapter.
+        ValueError: If the adapter is merged.
+        RuntimeError: If its parameters are sharded over processes.
+    """
+    model = _bare(model)
+    adapter_name, layers = adapter_layers(model, adapter_name)
+    if any(adapter_name in layer.merged_adapters for layer in layers.values()):
+        raise ValueError(
+            f"The adapter {adapter_name!r} is merged into the base weights. Call `model.unmerge_adapter()` first."
+        )
+    # raises if the factors are sharded; gathers what PEFT saves beside them
+    state = get_peft_model_state_dict(model, adapter_name=adapter_name)
+    config = copy.deepcopy(model.peft_config[adapter_name])
+    if isinstance(model, PeftModel) and config.task_type is None:
+        base = model._get_base_model_class()
+        config.auto_mapping = {"base_model_class": base.__name__, "parent_library": base.__module__}
+    return AdapterSnapshot(
+        config=config,
+        factors={name: _alive(layer, adapter_name) for name, layer in layers.items()},
+        others=_others(state),
+        module_names=frozenset(plain_name(name) for name, _ in model.named_modules()),
+    )
+
+
+@torch.no_grad()
+def _alive(layer: SalientLoRALayer, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    A, E, B = (getattr(layer, attribute)[adapter_name].detach() for attribute in FACTORS)
+    mask = layer.salientlora_mask.get(adapter_name)
+    if mask is None:
+        return A, E, B
+    keep = mask.bool()
+    return A[keep], E[keep], B[:, keep]
+
+
+def _others(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    ours = {*FACTORS, STATE}
+    return {
+        PEFT_PREFIX + plain_name(key): tensor.detach()
+        for key, tensor in state.items()
+        if key.rpartition(".")[2] not in ours
+    }
+
+
+def read_directory(directory: str | Path) -> AdapterSnapshot:
+    """
+    The adapter in a local directory that `save_pretrained` wrote.
+
+    Args:
+        directory (`str` or `Path`): Holds `adapter_config.json` and `adapter_model.safetensors`.
+
+    Raises:
+        ValueError: If the files are missing, or belong to a method of another package.
+    """
+    config = read_config(directory)
+    if config.get("peft_type") != "SALIENTLORA":
+        raise ValueError(f"{directory} holds an adapter of type {config.get('peft_type')}, which is not peft_rank's.")
+    path = Path(directory) / SAFETENSORS_WEIGHTS_NAME
+    if not path.is_file():
+        raise ValueError(f"{directory} has no {SAFETENSORS_WEIGHTS_NAME}.")
+    config = SalientLoRAConfig.from_pretrained(str(directory))
+    state = safetensors.torch.load_file(path)
+    names = [plain_name(key.removesuffix("." + FACTORS[0])) for key in state if key.endswith("." + FACTORS[0])]
+    tensors = {plain_name(key): tensor for key, tensor in state.items()}
+    factors = {name: tuple(tensors[f"{name}.{attribute}"] for attribute in FACTORS) for name in sorted(names)}
+    if config.allocation_state is not None:
+        # a checkpoint of an unfinished allocation marks pruned ranks by E = 0
+        factors = {name: (A[E != 0], E[E != 0], B[:, E != 0]) for name, (A, E, B) in factors.items()}
+    return AdapterSnapshot(config, factors, _others(state), frozenset(names))
+
+
+def read_config(directory: str | Path) -> dict[str, Any]:
+    """The content of `adapter_config.json`.
+
+    Raises:
+        ValueError: If the directory has no such file, or it is damaged.
+    """
+    path = Path(directory) / CONFIG_NAME
+    if not path.is_file():
+        raise ValueError(f"{directory} is no adapter directory: it has no {CONFIG_NAME}.")
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}.") from error
+
+
+def summarize_model(model: nn.Module, adapter_name: str) -> AdapterSummary:
+    """
+    The summary of an adapter in a model, also where an engine holds shards of its parameters.
+
+    Args:
+        model (`torch.nn.Module`): A model with an adapter of this package.
+        adapter_name (`str`): The adapter.
+
+    Raises:
+        TypeError: If the model has no such adapter.
+    """
+    model = _bare(model)
+    adapter_name, layers = adapter_layers(model, adapter_name)
+    ranks = {name: layer.rank(adapter_name) for name, layer in layers.items()}
+    parameters = sum(ranks[name] * (layer.in_features + 1 + layer.out_features) for name, layer in layers.items())
+    others = list(dict.fromkeys(_trained_beside(model, layers.values(), adapter_name)))
+    width = next(iter(layers.values())).salientlora_A[adapter_name].element_size()
+    sizes = [_numel(parameter) for parameter in others]
+    return AdapterSummary(
+        config=model.peft_config[adapter_name],
+        ranks=ranks,
+        parameters=parameters,
+        other_parameters=sum(sizes),
+        bytes=width * parameters + sum(n * p.element_size() for n, p in zip(sizes, others, strict=True)),
+    )
+
+
+def _trained_beside(model: nn.Module, layers: Iterable[SalientLoRALayer], adapter_name: str) -> Iterator[nn.Parameter]:
+    """Parameters of `modules_to_save`, and the trained biases."""
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
+            yield from module.modules_to_save[adapter_name].parameters()
+    bias = model.peft_config[adapter_name].bias
+    if bias == "all":
+        yield from (p for name, p in model.named_parameters() if name.endswith(".bias"))
+    elif bias != "none":
+        yield from (p for layer in layers for name, p in layer.get_base_layer().named_parameters() if name == "bias")
+
+
+def _numel(parameter: nn.Parameter) -> int:
+    """ZeRO-3 leaves an empty placeholder that knows its full size."""
+    return parameter.numel() or vars(parameter).get("ds_numel", 0)
