@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from types import SimpleNamespace
 
+import datasets
+import evaluate
 import numpy as np
 import pytest
 import torch
@@ -51,12 +53,15 @@ PAPER = {
 
 
 @pytest.fixture(scope="module")
-def glue():
+def glue(tmp_path_factory):
     """The example's modules. Their names are common, so they are forgotten afterwards."""
     names = ("data", "methods", "metrics", "run_glue")
-    sys.path.insert(0, str(EXAMPLE))
-    yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
-    sys.path.remove(str(EXAMPLE))
+    cache = tmp_path_factory.mktemp("cache")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(EXAMPLE)
+        patch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
+        patch.setattr(evaluate.config, "HF_METRICS_CACHE", cache)
+        yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
     for name in names:
         del sys.modules[name]
 
@@ -316,6 +321,7 @@ def flags_for(encoder: str, files: SimpleNamespace, output: Path) -> list[str]:
     ).split()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "adalora", "salientlora"])
 def test_script_trains_saves_and_reloads(method, encoder, files, tmp_path):
     output, exported, rank = tmp_path / "out", tmp_path / "lora", 2
