@@ -7,8 +7,8 @@
 the released code of both. The gradient is written out, so that it needs no autograd graph and no loss: it can be added
 to the gradients once per optimizer step. Factors of equal shape are batched into one product.
 
-Differences from the released code: only living ranks take part (there, ranks that were pruned stay in the sum), and
-the gradient vanishes, instead of being NaN or rounding noise of full size, where a factor is orthonormal to rounding.
+Differences from the released code: only living ranks take part (there, ranks that were pruned stay in the sum), and the
+gradient vanishes, instead of being NaN or rounding noise of full size, where a factor is orthonormal to rounding.
 """
 
 from __future__ import annotations
@@ -23,36 +23,41 @@ import torch
 _STACK_NUMEL = 2**26
 
 
-def _by_shape(factors: Sequence[torch.Tensor]) -> Iterator[tuple[list[int], torch.Tensor]]:
-    """Yields positions and a float32 stack (g, r, n) for groups of equally shaped factors (r, n) with r > 0."""
+def _stacks(
+    factors: Sequence[torch.Tensor], alive: Sequence[torch.Tensor | None], rank_dim: int
+) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
+    """Yields, for groups of equally shaped factors: positions, the factors as a float32 stack (g, ..., ...) with dead
+    ranks set to 0, and which ranks are alive, (g, r) or a single 1."""
+    if len(alive) != len(factors):
+        raise ValueError(f"`alive` must have one entry a module, got {len(alive)} for {len(factors)} modules.")
     groups: dict[tuple, list[int]] = defaultdict(list)
-    for position, factor in enumerate(factors):
-        if factor.shape[0] > 0:
-            groups[(factor.shape, factor.device)].append(position)
-    for (shape, _), positions in groups.items():
+    for position, (factor, mask) in enumerate(zip(factors, alive, strict=True)):
+        if factor.shape[rank_dim] > 0:
+            groups[(factor.shape, factor.device, mask is None)].append(position)
+    for (shape, device, all_alive), positions in groups.items():
         size = max(1, _STACK_NUMEL // shape.numel())
         for start in range(0, len(positions), size):
             chunk = positions[start : start + size]
-            yield chunk, torch.stack([factors[position] for position in chunk]).float()
+            stack = torch.stack([factors[position] for position in chunk]).float()
+            masks = torch.ones((), device=device)
+            if not all_alive:
+                masks = torch.stack([alive[position] for position in chunk]).to(device, torch.float32)
+                stack *= masks.unsqueeze(2 if rank_dim == 0 else 1)
+            yield chunk, stack, masks
 
 
-def _residuals(stack: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(g, r, n) -> F F^T - I (g, r, r) and its Frobenius norm (g, 1, 1); a zero row is a dead rank and has no target."""
-    gram = torch.bmm(stack, stack.mT)
-    diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    diagonal.sub_((diagonal > 0).to(diagonal.dtype))
+def _residual(stack: torch.Tensor, alive: torch.Tensor, rank_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gram matrix of the ranks minus the identity, (g, r, r), 0 for dead ranks, and its Frobenius norm (g, 1, 1)."""
+    gram = torch.bmm(stack, stack.mT) if rank_dim == 0 else torch.bmm(stack.mT, stack)
+    gram.diagonal(dim1=-2, dim2=-1).sub_(alive)
     return gram, torch.linalg.matrix_norm(gram, keepdim=True)
 
 
-def _rows(down: Sequence[torch.Tensor], up: Sequence[torch.Tensor], alive: Sequence[torch.Tensor | None]):
-    """All factors with ranks as rows, (r, n) each, rows of dead ranks set to zero."""
-    if not len(down) == len(up) == len(alive):
+def _check(down: Sequence[torch.Tensor], up: Sequence[torch.Tensor]) -> None:
+    if not down or len(down) != len(up):
         raise ValueError(
-            f"`down`, `up` and `alive` must have one entry a module, got {len(down)}, {len(up)} and {len(alive)}."
+            f"`down` and `up` must have one entry a module, of one module or more; got {len(down)} and {len(up)}."
         )
-    rows = [*down, *(factor.mT for factor in up)]
-    masks = [*alive, *alive]
-    return [row if mask is None else row * mask[:, None] for row, mask in zip(rows, masks, strict=True)]
 
 
 @torch.no_grad()
@@ -64,17 +69,20 @@ def orthogonality(
     Args:
         down (`Sequence[torch.Tensor]`): A of every module, (r, in_features).
         up (`Sequence[torch.Tensor]`): B of every module, (out_features, r).
-        alive (`Sequence[torch.Tensor | None]`, *optional*): (r,) bool of every module; `None` stands for all alive.
+        alive (`Sequence[torch.Tensor | None]`, *optional*): (r,) of every module, true where a rank is alive; `None`
+            stands for all alive.
 
     Returns:
         `torch.Tensor`: Scalar, float32, on the device of the first factor. 0 where no rank is alive.
+
+    Raises:
+        ValueError: If the sequences are empty or differ in length.
     """
-    if not down:
-        raise ValueError("`down` is empty: the regularizer needs the factors of at least one module.")
-    factors = _rows(down, up, alive or [None] * len(down))
+    _check(down, up)
     total = torch.zeros((), dtype=torch.float32, device=down[0].device)
-    for _, stack in _by_shape(factors):
-        total += _residuals(stack)[1].sum().to(total.device)
+    for rank_dim, factors in enumerate((down, up)):
+        for _, stack, masks in _stacks(factors, alive or [None] * len(down), rank_dim):
+            total += _residual(stack, masks, rank_dim)[1].sum().to(total.device)
     return total / (2 * len(down))
 
 
@@ -96,14 +104,22 @@ def orthogonality_gradient(
     Returns:
         `tuple[list[torch.Tensor], list[torch.Tensor]]`: Gradients of `down` and of `up`, each with the shape of its
         factor, float32; 0 for dead ranks.
+
+    Raises:
+        ValueError: If the sequences are empty or differ in length.
     """
-    factors = _rows(down, up, alive or [None] * len(down))
-    gradients = [torch.zeros_like(factor, dtype=torch.float32) if factor.shape[0] == 0 else None for factor in factors]
-    for positions, stack in _by_shape(factors):
-        residual, norm = _residuals(stack)
-        # a residual within rounding of 0 has no direction; the floor lets its gradient vanish
-        floor = torch.finfo(norm.dtype).eps * 8 * stack.shape[1]
-        gradient = torch.bmm(residual, stack) * (weight / len(down) / norm.clamp_min(floor))
-        for position, each in zip(positions, gradient, strict=True):
-            gradients[position] = each
-    return gradients[: len(down)], [gradient.mT for gradient in gradients[len(down) :]]
+    _check(down, up)
+    gradients = tuple([factor.new_zeros(()) for factor in factors] for factors in (down, up))
+    for rank_dim, factors in enumerate((down, up)):
+        for position, factor in enumerate(factors):
+            if factor.shape[rank_dim] == 0:
+                gradients[rank_dim][position] = torch.zeros_like(factor, dtype=torch.float32)
+        for positions, stack, masks in _stacks(factors, alive or [None] * len(down), rank_dim):
+            residual, norm = _residual(stack, masks, rank_dim)
+            # a residual within rounding of 0 has no direction; the floor lets its gradient vanish
+            floor = torch.finfo(norm.dtype).eps * 8 * residual.shape[1]
+            residual *= weight / len(down) / norm.clamp_min(floor)
+            gradient = torch.bmm(residual, stack) if rank_dim == 0 else torch.bmm(stack, residual)
+            for position, each in zip(positions, gradient.unbind(), strict=True):
+                gradients[rank_dim][position] = each
+    return gradients

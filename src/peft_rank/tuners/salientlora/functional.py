@@ -1,13 +1,89 @@
 # Copyright 2026 The peft_rank authors. Licensed under the Apache License, Version 2.0.
-"""Autograd functions of the SalientLoRA layer: pure functions of tensors."""
+"""The arithmetic of the SalientLoRA layer: functions of tensors, written for few kernels and little memory."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, NamedTuple
 
 import torch
+from packaging.version import Version
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx, once_differentiable
+
+
+# a product of half-precision matrices can be stored in float32 without a second pass
+_MM_HAS_OUT_DTYPE = Version(torch.__version__).release >= (2, 8)
+# elements that are cast in one piece: bounds the transient memory of `cast_factors`
+_CHUNK_NUMEL = 2**26
+
+
+class Factors(NamedTuple):
+    """The factors of one adapter of one module: A (r, in), E (r,), B (out, r)."""
+
+    A: torch.Tensor
+    E: torch.Tensor
+    B: torch.Tensor
+
+
+class CastFactors(NamedTuple):
+    """What the products of a forward pass use: A in their dtype, `scaling * E`, and B scaled by it in their dtype."""
+
+    low: torch.Tensor
+    scale: torch.Tensor
+    up: torch.Tensor
+
+
+class PreparedUpdate(NamedTuple):
+    """The update of one module for one forward pass of the whole model: the last arguments of `LinearWithUpdate`."""
+
+    dtype: torch.dtype
+    update: tuple[torch.Tensor, torch.Tensor, torch.Tensor, float, CastFactors]
+
+
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype that a linear layer multiplies `x` in."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+@torch.no_grad()
+def cast_factors(factors: Sequence[Factors], scalings: Sequence[float], dtype: torch.dtype) -> list[CastFactors]:
+    """`CastFactors` of many modules, with a few kernels for each group of equal shapes instead of a few a module."""
+    groups: dict[tuple, list[int]] = defaultdict(list)
+    for position, (A, E, B) in enumerate(factors):
+        groups[(A.shape, B.shape, E.device, scalings[position])].append(position)
+    result: list[CastFactors | None] = [None] * len(factors)
+    for (low_shape, up_shape, _, scaling), positions in groups.items():
+        size = max(1, _CHUNK_NUMEL // max(1, low_shape.numel(), up_shape.numel()))
+        for start in range(0, len(positions), size):
+            chunk = positions[start : start + size]
+            A, E, B = zip(*(factors[position] for position in chunk), strict=True)
+            scale = torch.stack(E).mul_(scaling)  # (g, r)
+            up = _scaled(torch.stack(B), scale[:, None, :], dtype)  # (g, out, r)
+            low = A if A[0].dtype == dtype else torch.stack(A).to(dtype).unbind()
+            for position, *cast in zip(chunk, low, scale.unbind(), up.unbind(), strict=True):
+                result[position] = CastFactors(*cast)
+    return result
+
+
+def _scaled(B: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`B * scale` in `dtype`, rounded once."""
+    return torch.mul(B, scale, out=torch.empty_like(B, dtype=dtype, requires_grad=False))
+
+
+def _float32_product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    if a.dtype == dtype:
+        return a @ b
+    if _MM_HAS_OUT_DTYPE and a.is_cuda and dtype == torch.float32:
+        return torch.mm(a, b, out_dtype=dtype)
+    return (a @ b).to(dtype)
+
+
+def _without_autocast(device: str) -> AbstractContextManager:
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
 
 
 class LinearWithUpdate(Function):
@@ -19,6 +95,7 @@ class LinearWithUpdate(Function):
     product, never the activation to theirs. Under autocast the product has autocast's dtype.
 
     Shapes: x (..., in), W (out, in), b (out,) or None, A (r, in), E (r,), B (out, r). Saves x, not more activations.
+    `cast` are the factors as `cast_factors` returns them, if somebody has them already.
     """
 
     @staticmethod
@@ -31,15 +108,17 @@ class LinearWithUpdate(Function):
         E: torch.Tensor,
         B: torch.Tensor,
         scaling: float,
+        cast: CastFactors | None,
     ) -> torch.Tensor:
-        device = x.device.type
-        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
-        with torch.autocast(device, enabled=False):
-            rows = x.reshape(-1, x.shape[-1]).to(dtype)  # (tokens, in)
-            weight = weight.to(dtype)
-            low = A.to(dtype)
-            scale = (E * scaling).to(B.dtype)
-            up = torch.mul(B, scale, out=torch.empty_like(B, dtype=dtype, requires_grad=False))
+        dtype = compute_dtype(x)
+        with _without_autocast(x.device.type):
+            rows = x.reshape(-1, x.shape[-1])  # (tokens, in)
+            if rows.dtype != dtype:
+                rows, weight = rows.to(dtype), weight.to(dtype)
+            if cast is None:
+                scale = E * scaling
+                cast = CastFactors(A.to(dtype), scale, _scaled(B, scale, dtype))
+            low, scale, up = cast
             hidden = rows @ low.T  # (tokens, r)
             # an output that is a view could not be changed in place by whoever gets it
             result = torch.empty(*x.shape[:-1], weight.shape[0], dtype=dtype, device=x.device)
@@ -51,26 +130,26 @@ class LinearWithUpdate(Function):
             flat.addmm_(hidden, up.T)
         ctx.save_for_backward(rows, weight, low, up, hidden, scale, B)
         ctx.scaling = scaling
-        ctx.input_shape = x.shape
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor):
         rows, weight, low, up, hidden, scale, B = ctx.saved_tensors
-        with torch.autocast(grad_output.device.type, enabled=False):
+        needs_x, _, _, needs_A, needs_E, needs_B, _, _ = ctx.needs_input_grad
+        grad_x = grad_A = grad_E = grad_B = None
+        with _without_autocast(grad_output.device.type):
             grad = grad_output.reshape(-1, grad_output.shape[-1])  # (tokens, out)
             grad_hidden = grad @ up  # (tokens, r)
-            grad_x = grad_A = grad_E = grad_B = None
-            if ctx.needs_input_grad[0]:
-                grad_x = (grad @ weight).addmm_(grad_hidden, low).view(ctx.input_shape)
-            if ctx.needs_input_grad[3]:
-                grad_A = grad_hidden.T @ rows
-            if ctx.needs_input_grad[4] or ctx.needs_input_grad[5]:
-                grad_up = (grad.T @ hidden).to(B.dtype)  # (out, r), of B diag(scaling * E)
+            if needs_x:
+                grad_x = (grad @ weight).addmm_(grad_hidden, low).view(*grad_output.shape[:-1], -1)
+            if needs_A:
+                grad_A = _float32_product(grad_hidden.T, rows, B.dtype)
+            if needs_E or needs_B:
+                grad_up = _float32_product(grad.T, hidden, B.dtype)  # (out, r), of B diag(scaling * E)
                 grad_E = (grad_up * B).sum(0).mul_(ctx.scaling)
                 grad_B = grad_up.mul_(scale)
-        return grad_x, None, None, grad_A, grad_E, grad_B, None
+        return grad_x, None, None, grad_A, grad_E, grad_B, None, None
 
 
 class AddToGradient(Function):

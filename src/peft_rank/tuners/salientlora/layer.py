@@ -17,7 +17,7 @@ from torch import nn
 
 from ..shrinking import narrow
 from .config import SalientLoRAConfig
-from .functional import AddToGradient, LinearWithUpdate
+from .functional import AddToGradient, Factors, LinearWithUpdate, PreparedUpdate, compute_dtype
 
 
 class SalientLoRALayer(BaseTunerLayer):
@@ -53,6 +53,8 @@ class SalientLoRALayer(BaseTunerLayer):
         self.salientlora_state = BufferDict({})
         # gradients of the regularizer that the next backward adds, by adapter: (of A, of B)
         self._armed: dict[str, list[torch.Tensor | None]] = {}
+        # set while the whole model's forward runs, if this layer can be fused
+        self._prepared: PreparedUpdate | None = None
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True  # read by `peft.helpers.disable_input_dtype_casting`
@@ -149,19 +151,22 @@ class SalientLoRALayer(BaseTunerLayer):
         mask = self.salientlora_mask.get(adapter_name)
         return self.salientlora_r[adapter_name] if mask is None else int(mask.sum())
 
-    def factors(self, adapter_name: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """A (r, in), E (r,) and B (out, r) as the forward pass uses them: gathered, masked and, if armed, regularized."""
-        A, E, B = self.salientlora_A[adapter_name], self.salientlora_E[adapter_name], self.salientlora_B[adapter_name]
+    def masked_E(self, adapter_name: str) -> torch.Tensor:
+        """E, (r,), with 0 for pruned ranks."""
+        E, mask = self.salientlora_E[adapter_name], self.salientlora_mask.get(adapter_name)
+        return E if mask is None else E * mask
+
+    def factors(self, adapter_name: str) -> Factors:
+        """The factors for a forward pass: gathered, masked and, if armed, with the regularizer in their backward."""
+        A, B = self.salientlora_A[adapter_name], self.salientlora_B[adapter_name]
         if A.dim() != 2:
             # ZeRO-3 shows a placeholder for a partitioned parameter and gathers those of the running module only;
             # once registered, it gathers these with the layer.
-            self._register_sharded(A, E, B)
-        if adapter_name in self.salientlora_mask:
-            E = E * self.salientlora_mask[adapter_name].to(E.dtype)
+            self._register_sharded(A, self.salientlora_E[adapter_name], B)
         if adapter_name in self._armed and torch.is_grad_enabled():
             A = AddToGradient.apply(A, self._armed, adapter_name, 0)
             B = AddToGradient.apply(B, self._armed, adapter_name, 1)
-        return A, E, B
+        return Factors(A, self.masked_E(adapter_name), B)
 
     def _register_sharded(self, *parameters: nn.Parameter) -> None:
         from deepspeed.zero import register_external_parameter
@@ -239,6 +244,10 @@ class SalientLoRALinear(nn.Module, SalientLoRALayer):
         self, x: torch.Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
     ) -> torch.Tensor:
         """(..., in_features) -> (..., out_features); `adapter_names` names the adapter of every sample."""
+        prepared = self._prepared
+        if prepared is not None and adapter_names is None and prepared.dtype == compute_dtype(x):
+            base = self.base_layer
+            return LinearWithUpdate.apply(x, base.weight, base.bias, *prepared.update)
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
@@ -246,10 +255,9 @@ class SalientLoRALinear(nn.Module, SalientLoRALayer):
         if adapter_names is not None:
             return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
         adapters = [] if self.merged else [name for name in self.active_adapters if name in self.salientlora_A]
-        if len(adapters) == 1 and not args and not kwargs and self._can_fuse(x, adapters[0]):
-            base = self.base_layer
-            A, E, B = self.factors(adapters[0])
-            return LinearWithUpdate.apply(x, base.weight, base.bias, A, E, B, self.salientlora_scaling[adapters[0]])
+        if len(adapters) == 1 and not torch.compiler.is_compiling() and self.fuses(adapters[0], compute_dtype(x)):
+            base, scaling = self.base_layer, self.salientlora_scaling[adapters[0]]
+            return LinearWithUpdate.apply(x, base.weight, base.bias, *self.factors(adapters[0]), scaling, None)
         result = self.base_layer(x, *args, **kwargs)
         if adapters and self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
@@ -257,36 +265,43 @@ class SalientLoRALinear(nn.Module, SalientLoRALayer):
             result = self._add_update(result, x, adapter_name)
         return result
 
-    def _can_fuse(self, x: torch.Tensor, adapter_name: str) -> bool:
+    def fuses(self, adapter_name: str, dtype: torch.dtype) -> bool:
         """Whether base product and update can be one autograd function: a plain, frozen `nn.Linear` without hooks."""
         base = self.base_layer
+        if type(base) is not nn.Linear or "forward" in base.__dict__:
+            return False
+        weight, bias = base.weight, base.bias
         return (
-            type(base) is nn.Linear
-            and type(base.weight) is nn.Parameter
-            and base.weight.dim() == 2
-            and not base.weight.requires_grad
-            and (base.bias is None or not base.bias.requires_grad)
+            type(weight) is nn.Parameter
+            and weight.dim() == 2
+            and not weight.requires_grad
+            and (weight.dtype == dtype or torch.is_autocast_enabled(weight.device.type))
+            and (bias is None or not bias.requires_grad)
             and not (
                 base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
             )
-            and "forward" not in base.__dict__
-            and (x.dtype == base.weight.dtype or torch.is_autocast_enabled(x.device.type))
-            and isinstance(self.salientlora_dropout[adapter_name], nn.Identity)
             and self.salientlora_r[adapter_name] > 0
-            and not torch.compiler.is_compiling()
+            and isinstance(self.salientlora_dropout[adapter_name], nn.Identity)
         )
 
     def _add_update(self, result: torch.Tensor, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
         """`result + scaling * B diag(E) A x`, in the dtype of `result`; the factors are cast, never the activation."""
+        if self.salientlora_r[adapter_name] == 0:
+            return self._touch_empty(result, adapter_name)
         A, E, B = self.factors(adapter_name)
-        if A.shape[0] == 0:
-            # Data-parallel training waits for the gradient of every parameter, empty ones too.
-            distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-            return result + (A.sum() + E.sum() + B.sum()).to(result.dtype) if distributed else result
         x = self.salientlora_dropout[adapter_name](x)
         scaled = B * (E * self.salientlora_scaling[adapter_name])
         update = F.linear(F.linear(x, A.to(x.dtype)), scaled.to(x.dtype))
         return result + update.to(result.dtype)
+
+    def _touch_empty(self, result: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        """`result`, with the empty factors in its graph where data-parallel training waits for every gradient."""
+        A, E, B = self.salientlora_A[adapter_name], self.salientlora_E[adapter_name], self.salientlora_B[adapter_name]
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        # ZeRO-3 does not wait, and cannot gather an empty parameter
+        if not distributed or A.dim() != 2:
+            return result
+        return result + (A.sum() + E.sum() + B.sum()).to(result.dtype)
 
     def _mixed_batch_forward(
         self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any

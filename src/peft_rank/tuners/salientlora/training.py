@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import warnings
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft.utils import load_peft_weights
@@ -20,19 +22,20 @@ from ..adaptive import AdaptiveRankTuner, ShrinkPolicy
 from ..shrinking import can_slice_state, swap_parameters, unwrap_optimizer
 from .allocator import RankAllocator
 from .checkpoint import exact_pattern
+from .functional import PreparedUpdate, cast_factors, compute_dtype
 from .layer import SalientLoRALayer
 
 
 class SalientLoRATraining(AdaptiveRankTuner):
     """What a training loop calls, over the allocator of each adapter."""
 
-    def __init__(self, *args, **kwargs) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         # injection, which the base class starts, needs both
         self._allocators: dict[str, RankAllocator] = {}
         self._layers: dict[str, dict[str, SalientLoRALayer]] = {}
         super().__init__(*args, **kwargs)
 
-    def inject_adapter(self, *args, **kwargs) -> None:
+    def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
         self._layers.clear()
         super().inject_adapter(*args, **kwargs)
 
@@ -81,36 +84,65 @@ class SalientLoRATraining(AdaptiveRankTuner):
                 plans.append(f"{name}: {allocator.plan(total_steps)}")
         return "\n".join(plans)
 
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The model's forward, with the factors of all layers cast to its dtype at once beforehand."""
+        layers = [] if torch.compiler.is_compiling() else self._prepare_updates()
+        try:
+            return super().forward(*args, **kwargs)
+        finally:
+            # they are the parameters' values of now: what is recomputed later casts for itself
+            for layer in layers:
+                layer._prepared = None
+
+    def _prepare_updates(self) -> list[SalientLoRALayer]:
+        if len(self.active_adapters) != 1:
+            return []
+        name = self.active_adapters[0]
+        by_dtype: dict[torch.dtype, list[SalientLoRALayer]] = defaultdict(list)
+        for layer in self.adapter_layers(name).values():
+            if not layer.disable_adapters and not layer.merged:
+                dtype = compute_dtype(layer.weight)
+                if layer.fuses(name, dtype):
+                    by_dtype[dtype].append(layer)
+        for dtype, layers in by_dtype.items():
+            factors = [layer.factors(name) for layer in layers]
+            scalings = [layer.salientlora_scaling[name] for layer in layers]
+            cast = cast_factors(factors, scalings, dtype)
+            for layer, *update in zip(layers, factors, scalings, cast, strict=True):
+                layer._prepared = PreparedUpdate(dtype, (*update[0], *update[1:]))
+        return [layer for layers in by_dtype.values() for layer in layers]
+
     def add_regularization_gradient(self) -> None:
         for name in self._trained_adapters():
             self._refuse_sharded(name)
-            for parameter, gradient in self._regularization_gradients(name):
+            parameters, gradients = self._regularization(name)
+            missing = [(p, g) for p, g in zip(parameters, gradients, strict=True) if p.grad is None]
+            if parameters and not missing:
+                torch._foreach_add_([parameter.grad for parameter in parameters], gradients)
+                continue
+            for parameter, gradient in zip(parameters, gradients, strict=True):
                 if parameter.grad is None:
                     # in the parameter's own layout, which fused optimizers insist on
-                    parameter.grad = torch.empty_like(parameter).copy_(gradient)
-                else:
-                    parameter.grad.add_(gradient)
+                    parameter.grad = torch.zeros_like(parameter)
+                parameter.grad.add_(gradient)
 
     def arm_regularization(self, loss_scale: float = 1.0) -> None:
         for name in self._trained_adapters():
             layers = self.adapter_layers(name).values()
             with self._gathered(name):
-                gradients = [gradient for _, gradient in self._regularization_gradients(name, loss_scale)]
-            for layer, *pair in zip(layers, gradients[0::2], gradients[1::2], strict=False):
+                _, gradients = self._regularization(name, loss_scale)
+            half = len(gradients) // 2
+            for layer, *pair in zip(layers, gradients[:half], gradients[half:], strict=half > 0):
                 layer._armed[name] = pair
 
-    def _regularization_gradients(
-        self, adapter_name: str, factor: float = 1.0
-    ) -> Iterator[tuple[nn.Parameter, torch.Tensor]]:
-        """Yields A, then B, of every module with the gradient of the weighted regularizer; nothing if its weight is 0."""
+    def _regularization(self, adapter_name: str, factor: float = 1.0) -> tuple[list[nn.Parameter], list[torch.Tensor]]:
+        """A of every module, then B of every module, and the gradients of the weighted regularizer; empty at weight 0."""
         weight = self.peft_config[adapter_name].orth_reg_weight * factor
         if weight == 0:
-            return
-        layers = list(self.adapter_layers(adapter_name).values())
+            return [], []
         down, up, alive = self._factors(adapter_name)
-        for layer, *pair in zip(layers, *orthogonality_gradient(down, up, alive, weight), strict=True):
-            yield layer.salientlora_A[adapter_name], pair[0]
-            yield layer.salientlora_B[adapter_name], pair[1]
+        gradients = orthogonality_gradient(down, up, alive, weight)
+        return [*down, *up], [*gradients[0], *gradients[1]]
 
     def _factors(self, adapter_name: str):
         """A, B and the masks of pruned ranks of all modules."""
@@ -169,9 +201,7 @@ class SalientLoRATraining(AdaptiveRankTuner):
     def _record(self, adapter_name: str) -> None:
         with self._gathered(adapter_name):
             layers = self.adapter_layers(adapter_name).values()
-            masks = [layer.salientlora_mask.get(adapter_name) for layer in layers]
-            values = [layer.salientlora_E[adapter_name] for layer in layers]
-            values = [E if mask is None else E * mask for E, mask in zip(values, masks, strict=True)]
+            values = [layer.masked_E(adapter_name) for layer in layers]
             down, up, alive = self._factors(adapter_name)
             self.allocator(adapter_name).record(values, orthogonality(down, up, alive))
 
