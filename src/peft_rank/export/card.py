@@ -114,7 +114,7 @@ def lora_card(summary: AdapterSummary, config: LoraConfig, path: Path) -> ModelC
         "## Plain LoRA, ranks chosen by peft_rank",
         _table(rows),
         "### Load",
-        f'```python\nimport peft\nmodel = peft.{_auto_class(config)}.from_pretrained("{HERE}")\n```',
+        f'```python\nimport peft\nmodel = peft.{auto_class(config).__name__}.from_pretrained("{HERE}")\n```',
     ]
     if config.task_type in (None, "CAUSAL_LM"):
         parts.append(
@@ -143,7 +143,7 @@ def _adapter_section(summaries: dict[str, AdapterSummary], location: str) -> str
     config = next(iter(summaries.values())).config
     parts += [
         "### Load",
-        f'```python\nimport peft_rank, peft\nmodel = peft.{_auto_class(config)}.from_pretrained("{location}")\n```',
+        f'```python\nimport peft_rank, peft\nmodel = peft.{auto_class(config).__name__}.from_pretrained("{location}")\n```',
         "`pip install peft-rank` provides the first. To do without it, export to plain LoRA, which is exact:",
         '```python\npeft_rank.export_lora(model, "plain-lora")\n```',
         f"or `peft-rank export {location} plain-lora`, which needs the adapter's files only.",
@@ -175,9 +175,10 @@ def _table(rows: dict[str, str]) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
 
 
-def _auto_class(config: SalientLoRAConfig | LoraConfig) -> str:
+def auto_class(config: SalientLoRAConfig | LoraConfig) -> type:
+    """PEFT's class that loads base model and adapter at once."""
     model_class = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
-    return f"Auto{model_class.__name__}"
+    return getattr(peft, f"Auto{model_class.__name__}")
 
 
 def _put_data(card: ModelCard, base_model: str | None, tags: list[str]) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -161,12 +162,14 @@ class SalientLoRAConfig(PeftConfig):
         },
     )
     peft_rank_version: str | None = field(
-        default=None, metadata={"help": "Version of peft_rank that wrote the configuration. Not to be set by hand."}
+        default=None, metadata={"help": "Version of peft_rank that wrote the configuration, leave empty."}
     )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PeftType.SALIENTLORA
+        if self.peft_rank_version is None:
+            self.peft_rank_version = importlib.metadata.version("peft-rank")
         if isinstance(self.target_modules, list):
             self.target_modules = set(self.target_modules)
         if isinstance(self.exclude_modules, list):

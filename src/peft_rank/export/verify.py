@@ -1,0 +1,90 @@
+# Copyright 2026 The peft_rank authors. Licensed under the Apache License, Version 2.0.
+"""Whether two saved artifacts are the same model: their outputs for random token ids."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from peft import PeftModel
+from peft.utils import CONFIG_NAME
+from torch import nn
+
+from peft_rank.tuners.salientlora import SalientLoRAConfig
+
+from .card import auto_class
+from .snapshot import read_directory
+
+
+SAMPLES, LENGTH = 4, 16
+
+
+class Difference(NamedTuple):
+    """The largest absolute difference of two models' outputs, and the largest absolute output."""
+
+    largest: float
+    scale: float
+
+    def within(self, tolerance: float) -> bool:
+        """Whether the difference is at most `tolerance`, relative to outputs above 1. NaN never is."""
+        return self.largest <= tolerance * max(1.0, self.scale)
+
+
+def compare(
+    adapter: str | Path, other: str | Path, *, base_model: str | None = None, num_labels: int | None = None
+) -> Difference:
+    """
+    Compare an adapter with another form of it, both in float32 and one after the other in memory.
+
+    Args:
+        adapter (`str` or `Path`): Directory of an adapter of this package.
+        other (`str` or `Path`): Directory of a plain LoRA or of any other adapter, or of a merged model.
+        base_model (`str`, *optional*): The base model, by default the one that the adapter recorded.
+        num_labels (`int`, *optional*): Labels of the classifier, where the base model's own has another number.
+
+    Raises:
+        ValueError: If `adapter` holds no adapter of this package, or names no base model.
+        OSError: If a model cannot be loaded.
+    """
+    config = read_directory(adapter).config
+    base_model = base_model or config.base_model_name_or_path
+    if not base_model:
+        raise ValueError(f"{adapter} does not name its base model. Name it with --base.")
+    settings: dict[str, Any] = {"dtype": torch.float32}
+    if num_labels is not None:
+        settings["num_labels"] = num_labels
+    model_class = _model_class(config)
+    first = _outputs(PeftModel.from_pretrained(model_class.from_pretrained(base_model, **settings), str(adapter)))
+    if (Path(other) / CONFIG_NAME).is_file():
+        model = PeftModel.from_pretrained(model_class.from_pretrained(base_model, **settings), str(other))
+    else:
+        model = model_class.from_pretrained(str(other), **settings)
+    second = _outputs(model)
+    return Difference((first - second).abs().max().item(), first.abs().max().item())
+
+
+def _model_class(config: SalientLoRAConfig) -> type:
+    """The transformers class that the adapter was trained with."""
+    by_task = auto_class(config)._target_class
+    if by_task is not None:
+        return by_task
+    name = (config.auto_mapping or {}).get("base_model_class", "AutoModel")
+    return getattr(transformers, name, transformers.AutoModel)
+
+
+@torch.no_grad()
+def _outputs(model: nn.Module) -> torch.Tensor:
+    """Outputs for random sentences, one at a time since a model may know no padding."""
+    config = model.config.get_text_config()
+    generator = torch.Generator().manual_seed(0)
+    outputs = []
+    for _ in range(SAMPLES):
+        ids = torch.randint(config.vocab_size, (1, LENGTH), generator=generator)
+        if isinstance(config.eos_token_id, int):
+            # some classifiers read the state of the end of the sentence
+            ids[:, -1] = config.eos_token_id
+        inputs = {"decoder_input_ids": ids} if model.config.is_encoder_decoder else {}
+        outputs.append(model.eval()(input_ids=ids, **inputs)[0].flatten())
+    return torch.cat(outputs)
