@@ -16,9 +16,9 @@ from peft_rank import RankAllocationCallback, SalientLoRAConfig
 from tiny_models import TinyModel, training_arguments
 
 
-# Decisions after the steps 6, 11 and 15 of 20, see `test_the_common_schedule`.
+# see `test_the_common_schedule`
 WARMUP, ALLOCATION, STEPS = 3, 12, 20
-DECISIONS = (6, 11, 15)
+DECISIONS = (5, 10, 15)
 
 
 def config(tiny: TinyModel, **overrides: Any) -> SalientLoRAConfig:
@@ -31,8 +31,8 @@ def config(tiny: TinyModel, **overrides: Any) -> SalientLoRAConfig:
         "fan_in_fan_out": tiny.conv1d,
         "warmup_steps": WARMUP,
         "allocation_steps": ALLOCATION,
-        "initial_window": 3,
-        "final_window": 6,
+        "initial_window": 2,
+        "final_window": 9,
         **overrides,
     }
     return SalientLoRAConfig(**settings)

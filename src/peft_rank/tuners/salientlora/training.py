@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from peft.utils import load_peft_weights
-from peft.utils.integrations import gather_params_ctx
+from peft.utils.integrations import check_deepspeed_zero3_enabled, gather_params_ctx
 from torch import nn
 from torch.optim import Optimizer
 
@@ -95,7 +95,8 @@ class SalientLoRATraining(AdaptiveRankTuner):
                 layer._prepared = None
 
     def _prepare_updates(self) -> list[SalientLoRALayer]:
-        if len(self.active_adapters) != 1:
+        # ZeRO-3 gathers every weight that is looked at here, and keeps it for the whole forward pass
+        if len(self.active_adapters) != 1 or check_deepspeed_zero3_enabled():
             return []
         name = self.active_adapters[0]
         by_dtype: dict[torch.dtype, list[SalientLoRALayer]] = defaultdict(list)
@@ -179,6 +180,8 @@ class SalientLoRATraining(AdaptiveRankTuner):
             if global_step <= allocator.last_step:
                 continue
             allocator.last_step = global_step
+            # the training goes on from the older checkpoint
+            allocator.rolled_back = False
             if not allocator.wants(global_step):
                 continue
             self._record(name)
