@@ -137,12 +137,11 @@ def _lora_config(snapshot: AdapterSnapshot, pad: bool) -> LoraConfig:
     if bias == "salientlora_only":
         # the biases of modules that are no LoRA modules any more are to survive, too
         bias = "lora_only" if len(ranks) == len(snapshot.factors) else "all"
-    return LoraConfig(
+    lora = LoraConfig(
         r=largest,
         lora_alpha=largest,
         rank_pattern=pattern,
         alpha_pattern=dict(pattern),
-        target_modules=_targets(ranks, snapshot.module_names),
         modules_to_save=None if config.modules_to_save is None else list(config.modules_to_save),
         lora_dropout=config.lora_dropout,
         fan_in_fan_out=config.fan_in_fan_out,
@@ -152,6 +151,9 @@ def _lora_config(snapshot: AdapterSnapshot, pad: bool) -> LoraConfig:
         revision=config.revision,
         inference_mode=True,
     )
+    # the constructor makes a set of a list, whose order would change from file to file
+    lora.target_modules = _targets(ranks, snapshot.module_names)
+    return lora
 
 
 def _targets(names: Iterable[str], module_names: frozenset[str]) -> list[str] | str:
