@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
+from peft.utils.integrations import check_deepspeed_zero3_enabled
 from peft.utils.other import transpose
 from torch import nn
 
@@ -270,6 +271,9 @@ class SalientLoRALinear(nn.Module, SalientLoRALayer):
         base = self.base_layer
         if type(base) is not nn.Linear or "forward" in base.__dict__:
             return False
+        # before the weight is looked at: ZeRO-3 has hooks everywhere, and gathers what is looked at
+        if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
+            return False
         weight, bias = base.weight, base.bias
         return (
             type(weight) is nn.Parameter
@@ -277,9 +281,6 @@ class SalientLoRALinear(nn.Module, SalientLoRALayer):
             and not weight.requires_grad
             and (weight.dtype == dtype or torch.is_autocast_enabled(weight.device.type))
             and (bias is None or not bias.requires_grad)
-            and not (
-                base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
-            )
             and self.salientlora_r[adapter_name] > 0
             and isinstance(self.salientlora_dropout[adapter_name], nn.Identity)
         )
@@ -296,11 +297,11 @@ class SalientLoRALinear(nn.Module, SalientLoRALayer):
 
     def _touch_empty(self, result: torch.Tensor, adapter_name: str) -> torch.Tensor:
         """`result`, with the empty factors in its graph where data-parallel training waits for every gradient."""
-        A, E, B = self.salientlora_A[adapter_name], self.salientlora_E[adapter_name], self.salientlora_B[adapter_name]
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         # ZeRO-3 does not wait, and cannot gather an empty parameter
-        if not distributed or A.dim() != 2:
+        if not distributed or check_deepspeed_zero3_enabled():
             return result
+        A, E, B = self.salientlora_A[adapter_name], self.salientlora_E[adapter_name], self.salientlora_B[adapter_name]
         return result + (A.sum() + E.sum() + B.sum()).to(result.dtype)
 
     def _mixed_batch_forward(
