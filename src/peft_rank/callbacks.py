@@ -86,7 +86,7 @@ class RankAllocationCallback(TrainerCallback):
 
     def on_step_begin(self, *args: Any, optimizer: Optimizer, **kwargs: Any) -> None:
         if self._tuner is not None and _uses_deepspeed():
-            self._tuner.arm_regularization(float(optimizer.optimizer.loss_scale))
+            self._tuner.arm_regularization(_deepspeed_loss_scale(optimizer))
 
     def on_pre_optimizer_step(self, *args: Any, optimizer: Optimizer, **kwargs: Any) -> None:
         if self._tuner is not None and not _uses_deepspeed():
@@ -189,6 +189,12 @@ def _find_tuner(model: nn.Module) -> AdaptiveRankTuner:
 
 def _uses_deepspeed() -> bool:
     return AcceleratorState().distributed_type == DistributedType.DEEPSPEED
+
+
+def _deepspeed_loss_scale(optimizer: AcceleratedOptimizer) -> float:
+    """The factor that DeepSpeed multiplies the loss by; only its optimizers for fp16 have one."""
+    fp16 = AcceleratorState().deepspeed_plugin.hf_ds_config.is_true("fp16.enabled")
+    return float(optimizer.optimizer.loss_scale) if fp16 else 1.0
 
 
 def _unscale(optimizer: Optimizer) -> None:
