@@ -15,6 +15,7 @@ from peft.utils import load_peft_weights
 from peft.utils.integrations import check_deepspeed_zero3_enabled, gather_params_ctx
 from torch import nn
 from torch.optim import Optimizer
+from transformers.trainer_pt_utils import get_model_param_count
 
 from peft_rank.orthogonality import orthogonality, orthogonality_gradient
 
@@ -22,7 +23,7 @@ from ..adaptive import AdaptiveRankTuner, ShrinkPolicy
 from ..shrinking import can_slice_state, swap_parameters, unwrap_optimizer
 from .allocator import RankAllocator
 from .checkpoint import exact_pattern
-from .functional import PreparedUpdate, cast_factors, compute_dtype
+from .functional import PreparedUpdate, cast_factors
 from .layer import SalientLoRALayer
 
 
@@ -102,8 +103,8 @@ class SalientLoRATraining(AdaptiveRankTuner):
         by_dtype: dict[torch.dtype, list[SalientLoRALayer]] = defaultdict(list)
         for layer in self.adapter_layers(name).values():
             if not layer.disable_adapters and not layer.merged:
-                dtype = compute_dtype(layer.weight)
-                if layer.fuses(name, dtype):
+                dtype = layer.fused_dtype(name)
+                if dtype is not None:
                     by_dtype[dtype].append(layer)
         for dtype, layers in by_dtype.items():
             factors = [layer.factors(name) for layer in layers]
@@ -333,7 +334,7 @@ class SalientLoRATraining(AdaptiveRankTuner):
             "rank/budget": allocator.budget,
             "orthogonality": float(regularizer),
             "allocation/window": allocator.window_length,
-            "parameters/trainable": sum(p.numel() for p in self.parameters() if p.requires_grad),
+            "parameters/trainable": get_model_param_count(self, trainable_only=True),
         }
 
     def _restore(self, adapter_name: str, ranks: list[int], state: torch.Tensor | None) -> None:
