@@ -109,7 +109,7 @@ def orthogonality_gradient(
         ValueError: If the sequences are empty or differ in length.
     """
     _check(down, up)
-    gradients = tuple([factor.new_zeros(()) for factor in factors] for factors in (down, up))
+    gradients: tuple[list, list] = ([None] * len(down), [None] * len(up))
     for rank_dim, factors in enumerate((down, up)):
         for position, factor in enumerate(factors):
             if factor.shape[rank_dim] == 0:

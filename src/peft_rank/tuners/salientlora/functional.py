@@ -110,7 +110,7 @@ class LinearWithUpdate(Function):
         scaling: float,
         cast: CastFactors | None,
     ) -> torch.Tensor:
-        dtype = compute_dtype(x)
+        dtype = compute_dtype(x) if cast is None else cast.low.dtype
         with _without_autocast(x.device.type):
             rows = x.reshape(-1, x.shape[-1])  # (tokens, in)
             if rows.dtype != dtype:
@@ -126,7 +126,7 @@ class LinearWithUpdate(Function):
             if bias is None:
                 torch.mm(rows, weight.T, out=flat)
             else:
-                torch.addmm(bias.to(dtype), rows, weight.T, out=flat)
+                torch.addmm(bias if bias.dtype == dtype else bias.to(dtype), rows, weight.T, out=flat)
             flat.addmm_(hidden, up.T)
         ctx.save_for_backward(rows, weight, low, up, hidden, scale, B)
         ctx.scaling = scaling

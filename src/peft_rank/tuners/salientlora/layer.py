@@ -256,7 +256,11 @@ class SalientLoRALinear(nn.Module, SalientLoRALayer):
         if adapter_names is not None:
             return self._mixed_batch_forward(x, *args, adapter_names=adapter_names, **kwargs)
         adapters = [] if self.merged else [name for name in self.active_adapters if name in self.salientlora_A]
-        if len(adapters) == 1 and not torch.compiler.is_compiling() and self.fuses(adapters[0], compute_dtype(x)):
+        if (
+            len(adapters) == 1
+            and not torch.compiler.is_compiling()
+            and self.fused_dtype(adapters[0]) == compute_dtype(x)
+        ):
             base, scaling = self.base_layer, self.salientlora_scaling[adapters[0]]
             return LinearWithUpdate.apply(x, base.weight, base.bias, *self.factors(adapters[0]), scaling, None)
         result = self.base_layer(x, *args, **kwargs)
@@ -266,24 +270,25 @@ class SalientLoRALinear(nn.Module, SalientLoRALayer):
             result = self._add_update(result, x, adapter_name)
         return result
 
-    def fuses(self, adapter_name: str, dtype: torch.dtype) -> bool:
-        """Whether base product and update can be one autograd function: a plain, frozen `nn.Linear` without hooks."""
+    def fused_dtype(self, adapter_name: str) -> torch.dtype | None:
+        """The dtype in which base product and update can be one autograd function; None if they cannot: the base layer
+        has to be a plain, frozen `nn.Linear` without hooks."""
         base = self.base_layer
         if type(base) is not nn.Linear or "forward" in base.__dict__:
-            return False
-        # before the weight is looked at: ZeRO-3 has hooks everywhere, and gathers what is looked at
-        if base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks:
-            return False
+            return None
         weight, bias = base.weight, base.bias
-        return (
+        possible = (
             type(weight) is nn.Parameter
             and weight.dim() == 2
             and not weight.requires_grad
-            and (weight.dtype == dtype or torch.is_autocast_enabled(weight.device.type))
             and (bias is None or not bias.requires_grad)
+            and not (
+                base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks
+            )
             and self.salientlora_r[adapter_name] > 0
             and isinstance(self.salientlora_dropout[adapter_name], nn.Identity)
         )
+        return compute_dtype(weight) if possible else None
 
     def _add_update(self, result: torch.Tensor, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
         """`result + scaling * B diag(E) A x`, in the dtype of `result`; the factors are cast, never the activation."""
