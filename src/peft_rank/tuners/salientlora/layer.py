@@ -54,8 +54,9 @@ class SalientLoRALayer(BaseTunerLayer):
         self.salientlora_state = BufferDict({})
         # gradients of the regularizer that the next backward adds, by adapter: (of A, of B)
         self._armed: dict[str, list[torch.Tensor | None]] = {}
-        # set while the whole model's forward runs, if this layer can be fused
-        self._prepared: PreparedUpdate | None = None
+        # one entry while the whole model's forward runs, if this layer can be fused; a dict, because setting an
+        # attribute of a module takes longer than the rest
+        self._prepared: dict[str, PreparedUpdate] = {}
         self._disable_adapters = False
         self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True  # read by `peft.helpers.disable_input_dtype_casting`
@@ -245,10 +246,11 @@ class SalientLoRALinear(nn.Module, SalientLoRALayer):
         self, x: torch.Tensor, *args: Any, adapter_names: list[str] | None = None, **kwargs: Any
     ) -> torch.Tensor:
         """(..., in_features) -> (..., out_features); `adapter_names` names the adapter of every sample."""
-        prepared = self._prepared
-        if prepared is not None and adapter_names is None and prepared.dtype == compute_dtype(x):
-            base = self.base_layer
-            return LinearWithUpdate.apply(x, base.weight, base.bias, *prepared.update)
+        if self._prepared and adapter_names is None:
+            (prepared,) = self._prepared.values()
+            if prepared.dtype == compute_dtype(x):
+                base = self.base_layer
+                return LinearWithUpdate.apply(x, base.weight, base.bias, *prepared.update)
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()

@@ -93,7 +93,7 @@ class SalientLoRATraining(AdaptiveRankTuner):
         finally:
             # they are the parameters' values of now: what is recomputed later casts for itself
             for layer in layers:
-                layer._prepared = None
+                layer._prepared.clear()
 
     def _prepare_updates(self) -> list[SalientLoRALayer]:
         # ZeRO-3 gathers every weight that is looked at here, and keeps it for the whole forward pass
@@ -111,7 +111,7 @@ class SalientLoRATraining(AdaptiveRankTuner):
             scalings = [layer.salientlora_scaling[name] for layer in layers]
             cast = cast_factors(factors, scalings, dtype)
             for layer, *update in zip(layers, factors, scalings, cast, strict=True):
-                layer._prepared = PreparedUpdate(dtype, (*update[0], *update[1:]))
+                layer._prepared[name] = PreparedUpdate(dtype, (*update[0], *update[1:]))
         return [layer for layers in by_dtype.values() for layer in layers]
 
     def add_regularization_gradient(self) -> None:
