@@ -133,8 +133,10 @@ class RankAllocationCallback(TrainerCallback):
     ) -> None:
         if self._tuner is None:
             return
+        # An engine that shards parameters cannot have others, and DDP, which a second `train()` goes on with, would not
+        # average the gradients of others. Saving cuts the pruned ranks off all the same.
         sharded = _uses_deepspeed()
-        self._tuner.finalize(None if sharded else optimizer, compact=not sharded)
+        self._tuner.finalize(None if sharded else optimizer, compact=not sharded and args.world_size == 1)
         if self.log:
             self._report(args, state, control, model, "end")
         _drivers.pop(self._tuner, None)

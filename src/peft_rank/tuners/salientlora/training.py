@@ -77,6 +77,8 @@ class SalientLoRATraining(AdaptiveRankTuner):
         plans = []
         for name in self._trained_adapters():
             allocator = self.allocator(name)
+            # checkpoints of a further training fit its parameters, masked ranks included
+            allocator.closed = False
             if not self.peft_config[name].allocates or allocator.finished:
                 plans.append(
                     f"{name}: ranks fixed at {allocator.total} in {len(allocator.sizes)} modules, no allocation"
