@@ -43,6 +43,7 @@ FLOORS = {
     "registration": 1,
     "calibration": 1,
     "tuners": 2,
+    "ranks": 3,
     "callbacks": 3,
     "export": 3,
     "reporting": 3,

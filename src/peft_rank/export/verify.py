@@ -54,7 +54,8 @@ def compare(
         raise ValueError(f"{adapter} does not name its base model. Name it with --base.")
     settings: dict[str, Any] = {"dtype": torch.float32}
     if num_labels is not None:
-        settings["num_labels"] = num_labels
+        # the adapter brings its own classifier
+        settings.update(num_labels=num_labels, ignore_mismatched_sizes=True)
     model_class = _model_class(config)
     first = _outputs(PeftModel.from_pretrained(model_class.from_pretrained(base_model, **settings), str(adapter)))
     if (Path(other) / CONFIG_NAME).is_file():

@@ -1,0 +1,277 @@
+# Copyright 2026 The peft_rank authors. Licensed under the Apache License, Version 2.0.
+"""Model cards, on disk and on the Hub (a stand-in of its client)."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+import transformers.utils.hub
+from huggingface_hub import ModelCard
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load, load_file
+
+import peft_rank
+from peft_rank import export_lora, get_rank_pattern, rank_table
+from peft_rank.export import card as card_module
+from runs import adam, adapted, assert_close, config, logits, make_trainer, steps_by_hand
+from tiny_models import TinyModel
+
+
+BASE = "somebody/tiny-model"
+
+
+def finished(tiny: TinyModel, base: str = BASE, **overrides: Any) -> PeftModel:
+    """An adapter at the end of its allocation."""
+    model = adapted(tiny, **overrides)
+    model.get_base_model().config._name_or_path = model.get_base_model().name_or_path = base
+    model.peft_config["default"].base_model_name_or_path = base
+    model.base_model.resolve_schedule(20)
+    optimizer = adam(model)
+    steps_by_hand(model, tiny, 1, 15, optimizer)
+    model.base_model.finalize(optimizer)
+    return model.eval()
+
+
+def snippets(card: ModelCard | str) -> list[str]:
+    return re.findall(r"```python\n(.*?)```", str(card), re.DOTALL)
+
+
+def run(snippet: str, names: dict[str, Any]) -> None:
+    exec(snippet, names)  # noqa: S102 - a reader of the card does the same
+
+
+def assert_tells_everything(card: ModelCard, model: PeftModel) -> None:
+    assert card.data.library_name == "peft"
+    assert card.data.base_model == BASE
+    assert {"peft_rank", "adaptive-rank", "salientlora"} <= set(card.data.tags)
+    text = card.text
+    modules = len(get_rank_pattern(model))
+    assert f"`{BASE}`" in text
+    assert "SalientLoRA" in text
+    assert f"2 a module on average, {2 * modules} in {modules} modules" in text
+    assert rank_table(model).markdown() in text
+    trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    assert f"{trainable:,}" in text
+    assert re.search(r"\| size \| [\d.]+ MB \|", text)
+    versions = {"peft_rank": importlib.metadata.version("peft-rank"), "peft": peft.__version__}
+    versions |= {"transformers": transformers.__version__, "torch": torch.__version__}
+    for name, version in versions.items():
+        assert f"{name} {version}" in text
+    assert snippets(card)[0].startswith("import peft_rank")
+    assert len(snippets(card)[0].splitlines()) == 2
+    assert "export_lora" in text
+    assert "has not finished" not in text
+
+
+# ---- on disk ----
+
+
+def test_the_card_tells_everything(deberta: TinyModel, tmp_path: Path) -> None:
+    model = finished(deberta, modules_to_save=["pooler"])
+    model.save_pretrained(tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert_tells_everything(card, model)
+    size = float(re.search(r"\| size \| ([\d.]+) MB", card.text)[1]) * 1e6
+    file = load_file(tmp_path / "adapter_model.safetensors")
+    assert sum(tensor.nbytes for tensor in file.values()) == pytest.approx(size, rel=0.01)
+
+
+def test_saving_again_replaces_our_section_only(llama: TinyModel, tmp_path: Path) -> None:
+    model = adapted(llama, modules_to_save=["lm_head"])
+    with pytest.warns(UserWarning, match="never ran"):
+        model.save_pretrained(tmp_path)
+    path = tmp_path / "README.md"
+    card = ModelCard.load(path)
+    assert "the allocation has not finished" in card.text
+    card.text = card.text.replace("### Direct Use", "### Direct Use\n\nMy own words.")
+    card.data.license = "mit"
+    card.data.tags.append("mine")
+    card.save(path)
+    model = finished(llama, modules_to_save=["lm_head"])
+    model.save_pretrained(tmp_path)
+    once = path.read_text()
+    model.save_pretrained(tmp_path)
+    assert path.read_text() == once
+    card = ModelCard(once)
+    assert_tells_everything(card, model)
+    assert "My own words." in once
+    assert card.data.license == "mit"
+    assert "mine" in card.data.tags
+    assert once.count(card_module.START) == once.count(card_module.END) == 1
+
+
+def test_the_snippets_load_the_adapter_and_export_it(tiny: TinyModel, tmp_path: Path) -> None:
+    tiny.make_model().save_pretrained(tmp_path / "base")
+    model = finished(tiny, base=str(tmp_path / "base"))
+    model.save_pretrained(tmp_path / "adapter")
+    load_it, export_it = snippets((tmp_path / "adapter" / "README.md").read_text())
+    names: dict[str, Any] = {}
+    run(load_it.replace(card_module.HERE, str(tmp_path / "adapter")), names)
+    assert_close(logits(names["model"], tiny), logits(model, tiny), 1e-5)
+    run(export_it.replace("plain-lora", str(tmp_path / "lora")), names)
+    (load_lora,) = snippets((tmp_path / "lora" / "README.md").read_text())
+    assert "peft_rank" not in load_lora
+    run(load_lora.replace(card_module.HERE, str(tmp_path / "lora")), names)
+    assert_close(logits(names["model"], tiny), logits(model, tiny), 1e-5)
+
+
+def test_a_local_base_model_stays_out_of_the_metadata(llama: TinyModel, tmp_path: Path) -> None:
+    """The Hub refuses a push whose card names a base model that is no repository."""
+    base = tmp_path / "base"
+    llama.make_model().save_pretrained(base)
+    finished(llama, base=str(base)).save_pretrained(tmp_path / "adapter")
+    card = ModelCard.load(tmp_path / "adapter" / "README.md")
+    assert card.data.base_model is None
+    assert not [tag for tag in card.data.tags if str(base) in tag]
+    assert f"`{base}`" in card.text
+
+
+def test_every_adapter_of_ours_is_told_of(llama: TinyModel, tmp_path: Path) -> None:
+    model = finished(llama)
+    model.add_adapter("second", config(llama, init_r=3, target_r=3, target_modules=["q_proj"]))
+    model.save_pretrained(tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "Adapter `default`:" in text
+    assert "Adapter `second`:" in text
+    assert "fixed ranks" in text
+
+
+def test_cards_of_other_methods_stay_as_they_are(llama: TinyModel, tmp_path: Path) -> None:
+    get_peft_model(llama.make_model(), LoraConfig(target_modules=["q_proj"])).save_pretrained(tmp_path)
+    assert "peft_rank" not in (tmp_path / "README.md").read_text()
+
+
+def test_registering_again_changes_nothing(llama: TinyModel, tmp_path: Path) -> None:
+    model = finished(llama)
+    model.save_pretrained(tmp_path / "once")
+    card_module.register_model_card()
+    importlib.reload(card_module).register_model_card()
+    assert PeftModel._peft_rank_own_card.__module__ == "peft.peft_model"
+    model.save_pretrained(tmp_path / "twice")
+    assert (tmp_path / "twice" / "README.md").read_text() == (tmp_path / "once" / "README.md").read_text()
+
+
+def test_a_card_that_fails_does_not_lose_the_adapter(
+    llama: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: Any) -> None:
+        raise KeyError("surprise")
+
+    model = finished(llama)
+    monkeypatch.setattr(card_module, "summarize_model", fails)
+    card_module.register_model_card()
+    with pytest.warns(UserWarning, match="KeyError: 'surprise'"):
+        model.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").is_file()
+    assert (tmp_path / "README.md").is_file()
+
+
+def test_sharded_parameters(llama: TinyModel, tmp_path: Path) -> None:
+    """ZeRO-3 leaves empty placeholders that know their full size."""
+    model = finished(llama, modules_to_save=["lm_head"])
+    model.create_or_update_model_card(str(tmp_path))
+    expected = (tmp_path / "README.md").read_text()
+    for parameter in model.parameters():
+        parameter.ds_numel = parameter.numel()
+        parameter.data = torch.empty(0)
+    model.create_or_update_model_card(str(tmp_path))
+    assert (tmp_path / "README.md").read_text() == expected
+
+
+def test_the_card_of_a_trainer(llama: TinyModel, tmp_path: Path) -> None:
+    model = finished(llama)
+    trainer = make_trainer(model, llama, tmp_path)
+    trainer.save_model()
+    trainer.create_model_card(tags=["from-trainer"])
+    card = ModelCard.load(tmp_path / "README.md")
+    assert_tells_everything(card, model)
+    assert "from-trainer" in card.data.tags
+
+
+def test_the_card_of_a_plain_lora_export(llama: TinyModel, tmp_path: Path) -> None:
+    model = finished(llama)
+    export_lora(model, tmp_path)
+    card = ModelCard.load(tmp_path / "README.md")
+    largest = max(get_rank_pattern(model).values())
+    assert card.data.library_name == "peft"
+    assert card.data.base_model == BASE
+    assert {"lora", "peft_rank"} <= set(card.data.tags)
+    assert f"| largest rank | {largest}" in card.text
+    assert f"vllm serve {BASE} --enable-lora --max-lora-rank 8" in card.text
+    assert rank_table(model).markdown() in card.text
+
+
+@pytest.mark.parametrize(("rank", "expected"), [(1, 8), (8, 8), (9, 16), (16, 16), (33, 64)])
+def test_ranks_that_vllm_takes(rank: int, expected: int) -> None:
+    assert card_module._vllm_rank(rank) == expected
+
+
+# ---- on the Hub ----
+
+
+class Hub:
+    """Takes what transformers and Trainer send to the Hub."""
+
+    def __init__(self) -> None:
+        self.files: dict[str, bytes] = {}
+
+    def create_repo(self, repo_id: str, **kwargs: Any) -> SimpleNamespace:
+        return SimpleNamespace(repo_id=repo_id)
+
+    def create_commit(self, repo_id: str, operations: list[Any], **kwargs: Any) -> None:
+        for operation in operations:
+            with operation.as_file() as file:
+                self.files[operation.path_in_repo] = file.read()
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
+    stand_in = Hub()
+    monkeypatch.setattr(transformers.utils.hub, "hf_api", lambda: stand_in)
+    return stand_in
+
+
+def test_push_to_hub(hub: Hub, deberta: TinyModel) -> None:
+    model = finished(deberta)
+    model.push_to_hub("me/my-adapter", tags=["mine"])
+    assert {"adapter_config.json", "adapter_model.safetensors", "README.md"} <= set(hub.files)
+    card = ModelCard(hub.files["README.md"].decode())
+    assert_tells_everything(card, model)
+    assert "mine" in card.data.tags
+    assert 'AutoPeftModelForSequenceClassification.from_pretrained("me/my-adapter")' in snippets(card)[0]
+    factors = {key: value for key, value in load(hub.files["adapter_model.safetensors"]).items() if "_E" in key}
+    assert sum(value.numel() for value in factors.values()) == sum(get_rank_pattern(model).values())
+
+
+def test_push_to_hub_keeps_the_words_of_the_card_there(
+    hub: Hub, llama: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    there = tmp_path / "README.md"
+    there.write_text("---\nlicense: mit\n---\n\n# My adapter\n\nMy own words.\n")
+    monkeypatch.setattr("huggingface_hub.repocard.hf_hub_download", lambda *args, **kwargs: there)
+    model = finished(llama)
+    for _ in range(2):
+        model.push_to_hub("me/my-adapter")
+        there.write_bytes(hub.files["README.md"])
+    card = ModelCard(there.read_text())
+    assert_tells_everything(card, model)
+    assert card.data.license == "mit"
+    assert "My own words." in card.text
+    assert card.text.count(card_module.START) == 1
+
+
+def test_push_to_hub_of_other_methods_stays_as_it_is(hub: Hub, llama: TinyModel) -> None:
+    get_peft_model(llama.make_model(), LoraConfig(target_modules=["q_proj"])).push_to_hub("me/lora")
+    assert "peft_rank" not in hub.files["README.md"].decode()
+
+
+def test_the_package_is_named_as_it_is_installed() -> None:
+    assert importlib.metadata.version("peft-rank") == peft_rank.SalientLoRAConfig().peft_rank_version
