@@ -194,9 +194,10 @@ def _uses_deepspeed() -> bool:
 
 
 def _deepspeed_loss_scale(optimizer: AcceleratedOptimizer) -> float:
-    """The factor that DeepSpeed multiplies the loss by; only its optimizers for fp16 have one."""
-    fp16 = AcceleratorState().deepspeed_plugin.hf_ds_config.is_true("fp16.enabled")
-    return float(optimizer.optimizer.loss_scale) if fp16 else 1.0
+    """The factor that DeepSpeed multiplies the loss by: its ZeRO optimizers do so in fp16, and nothing else does."""
+    plugin = AcceleratorState().deepspeed_plugin
+    scaled = plugin.zero_stage > 0 and plugin.hf_ds_config.is_true("fp16.enabled")
+    return float(optimizer.optimizer.loss_scale) if scaled else 1.0
 
 
 def _unscale(optimizer: Optimizer) -> None:
