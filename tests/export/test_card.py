@@ -209,6 +209,13 @@ def test_the_card_of_a_plain_lora_export(llama: TinyModel, tmp_path: Path) -> No
     assert rank_table(model).markdown() in card.text
 
 
+def test_vllm_is_not_promised_what_it_refuses(llama: TinyModel, tmp_path: Path) -> None:
+    export_lora(finished(llama, modules_to_save=["lm_head"]), tmp_path)
+    text = (tmp_path / "README.md").read_text()
+    assert "vllm serve" not in text
+    assert "merged model" in text
+
+
 @pytest.mark.parametrize(("rank", "expected"), [(1, 8), (8, 8), (9, 16), (16, 16), (33, 64)])
 def test_ranks_that_vllm_takes(rank: int, expected: int) -> None:
     assert card_module._vllm_rank(rank) == expected

@@ -84,8 +84,9 @@ def _our_adapters(model: PeftModel) -> dict[str, SalientLoRAConfig]:
 
 
 def _base_model(found: str | list[str] | None, adapters: dict[str, SalientLoRAConfig]) -> str | None:
+    """The repository of the base model: as PEFT found it, or as the adapter recorded it."""
     recorded = next(iter(adapters.values())).base_model_name_or_path
-    return found if isinstance(found, str) and found else recorded
+    return found if isinstance(found, str) and _is_repository(found) else recorded
 
 
 # ---- cards ----
@@ -116,7 +117,9 @@ def lora_card(summary: AdapterSummary, config: LoraConfig, path: Path) -> ModelC
         "### Load",
         f'```python\nimport peft\nmodel = peft.{auto_class(config).__name__}.from_pretrained("{HERE}")\n```',
     ]
-    if config.task_type in (None, "CAUSAL_LM"):
+    if config.bias != "none" or set(config.modules_to_save or ()) - {"classifier", "score"}:
+        parts.append("vLLM takes no adapter with trained biases or modules. It serves the merged model.")
+    else:
         parts.append(
             f"```shell\nvllm serve {base or 'BASE_MODEL'} --enable-lora --max-lora-rank {_vllm_rank(config.r)} "
             f"--lora-modules adapter={HERE}\n```"
