@@ -294,18 +294,29 @@ def test_an_adapter_without_any_rank(llama: TinyModel, tmp_path: Path) -> None:
 
 def test_other_files_stay(llama: TinyModel, tmp_path: Path) -> None:
     model = pruned(llama)
-    target = tmp_path / "lora"
+    target = tmp_path / "project"
     target.mkdir()
-    (target / "notes.txt").write_text("mine")
-    (target / "README.md").write_text("---\nlicense: mit\n---\n\n# My model\n\nMy words.\n")
-    export_lora(model, target)
-    export_lora(model, target, pad=True)
-    card = (target / "README.md").read_text()
-    assert (target / "notes.txt").read_text() == "mine"
+    files = {"notes.txt": "mine", "README.md": "# My project\n"}
+    for name, text in files.items():
+        (target / name).write_text(text)
+    for _ in range(2):
+        with pytest.warns(UserWarning, match=r"README\.md is not the card"):
+            export_lora(model, target)
+    assert {name: (target / name).read_text() for name in files} == files
+    assert_close(logits(reload(llama, target), llama), logits(model, llama), TOLERANCE)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["project"]
+
+
+def test_exporting_again_keeps_the_words_of_the_card(llama: TinyModel, tmp_path: Path) -> None:
+    model = pruned(llama)
+    path = export_lora(model, tmp_path / "lora") / "README.md"
+    path.write_text(path.read_text().replace("---\n\n#", "license: mit\n---\n\n#", 1) + "\nMy words.\n")
+    export_lora(model, tmp_path / "lora", pad=True)
+    card = path.read_text()
     assert "license: mit" in card
     assert "My words." in card
+    assert ", in every module" in card
     assert card.count("## Plain LoRA") == 1
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["lora"]
 
 
 def test_an_adapter_of_another_kind_is_not_overwritten(llama: TinyModel, tmp_path: Path) -> None:

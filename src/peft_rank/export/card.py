@@ -149,7 +149,7 @@ def _adapter_section(summaries: dict[str, AdapterSummary], location: str) -> str
         f'```python\nimport peft_rank, peft\nmodel = peft.{auto_class(config).__name__}.from_pretrained("{location}")\n```',
         "`pip install peft-rank` provides the first. To do without it, export to plain LoRA, which is exact:",
         '```python\npeft_rank.export_lora(model, "plain-lora")\n```',
-        f"or `peft-rank export {location} plain-lora`, which needs the adapter's files only.",
+        "or `peft-rank export DIR plain-lora` in a shell, which needs a folder with the adapter's files only.",
     ]
     return "\n\n".join(parts)
 

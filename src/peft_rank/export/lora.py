@@ -23,7 +23,7 @@ from torch import nn
 
 from peft_rank.tuners.salientlora.checkpoint import PEFT_PREFIX, exact_pattern
 
-from .card import CARD_NAME, lora_card
+from .card import CARD_NAME, START, lora_card
 from .snapshot import AdapterSnapshot, read_config, read_directory, read_model
 
 
@@ -37,7 +37,8 @@ def export_lora(
     Args:
         model (`torch.nn.Module`): A model with an adapter of this package; it is not changed.
         directory (`str` or `os.PathLike`): Where to write `adapter_config.json`, `adapter_model.safetensors` and
-            `README.md`. Other files in it stay; of an existing `README.md` the text outside of our section stays.
+            `README.md`. Other files in it stay. The card of an earlier export keeps its text outside of our section; a
+            `README.md` without it stays as it is.
         pad (`bool`): Fill every module up with zeros to the largest rank, for readers that know one rank only (older
             vLLM, llama.cpp).
         adapter_name (`str`, *optional*): The adapter, by default the first active one.
@@ -91,9 +92,7 @@ def _write(snapshot: AdapterSnapshot, directory: Path, pad: bool) -> Path:
     _check_target(directory)
     summary = snapshot.summary
     if summary.total == 0:
-        raise ValueError(
-            "No module has any rank left, so that there is nothing to export: the base model is all of it."
-        )
+        raise ValueError("No module has any rank left, so that there is nothing to export.")
     if not summary.finished:
         warnings.warn(
             f"The allocation has not finished: {summary.total} ranks are left, {summary.target_total} are the budget. "
@@ -102,6 +101,7 @@ def _write(snapshot: AdapterSnapshot, directory: Path, pad: bool) -> Path:
         )
     config = _lora_config(snapshot, pad)
     tensors = _lora_tensors(snapshot, config.r if pad else None)
+    names = [SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME, *_card_names(directory)]
     # complete beside its place, then moved: a failure leaves the directory as it was
     draft = directory.parent / f".{directory.name}.{os.getpid()}.tmp"
     draft.mkdir(parents=True)
@@ -110,11 +110,20 @@ def _write(snapshot: AdapterSnapshot, directory: Path, pad: bool) -> Path:
         config.save_pretrained(str(draft), auto_mapping_dict=snapshot.config.auto_mapping)
         lora_card(summary, config, directory / CARD_NAME).save(draft / CARD_NAME)
         directory.mkdir(exist_ok=True)
-        for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME, CARD_NAME):
+        for name in names:
             os.replace(draft / name, directory / name)
     finally:
         shutil.rmtree(draft)
     return directory
+
+
+def _card_names(directory: Path) -> list[str]:
+    """The card, unless there is a `README.md` that has no section of ours."""
+    path = directory / CARD_NAME
+    if path.exists() and START not in path.read_text(encoding="utf-8"):
+        warnings.warn(f"{path} is not the card of an export and stays as it is.", stacklevel=4)
+        return []
+    return [CARD_NAME]
 
 
 def _check_target(directory: Path) -> None:
