@@ -57,14 +57,16 @@ class RankAllocationCallback(TrainerCallback):
         self.output_dir = output_dir
         self._tuner: AdaptiveRankTuner | None = None
         self._decided = False
+        self._answered: dict[str, int] = {}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
         tuner = _find_tuner(model)
         driver = _drivers.get(tuner)
-        if driver is not None and driver[0] is state and driver[1] is not self:
-            self._tuner = None
+        if driver is not None and driver[0] is state:
+            # added twice: another callback stays idle, this one is asked a second time
+            self._tuner = tuner if driver[1] is self else None
             return
         if AcceleratorState().distributed_type == DistributedType.FSDP:
             raise RuntimeError(
@@ -73,6 +75,7 @@ class RankAllocationCallback(TrainerCallback):
             )
         _drivers[tuner] = (state, self)
         self._tuner = tuner
+        self._answered.clear()
         plan = tuner.resolve_schedule(state.max_steps)
         if state.global_step > 0:
             checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")
@@ -88,8 +91,15 @@ class RankAllocationCallback(TrainerCallback):
         if self._tuner is not None and _uses_deepspeed():
             self._tuner.arm_regularization(_deepspeed_loss_scale(optimizer))
 
-    def on_pre_optimizer_step(self, *args: Any, optimizer: Optimizer, **kwargs: Any) -> None:
-        if self._tuner is not None and not _uses_deepspeed():
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        optimizer: Optimizer,
+        **kwargs: Any,
+    ) -> None:
+        if self._is_asked_first("gradient", state) and not _uses_deepspeed():
             _unscale(optimizer)
             self._tuner.add_regularization_gradient()
 
@@ -101,11 +111,15 @@ class RankAllocationCallback(TrainerCallback):
         optimizer: Optimizer,
         **kwargs: Any,
     ) -> None:
-        if self._tuner is None or optimizer.step_was_skipped:
+        if not self._is_asked_first("step", state):
+            return
+        # the Trainer counts the step only afterwards
+        step = state.global_step + 1
+        if optimizer.step_was_skipped:
+            self._tuner.skip_step(step)
             return
         self._decided = self._tuner.update_and_allocate(
-            # the Trainer counts the step only afterwards
-            state.global_step + 1,
+            step,
             None if _uses_deepspeed() else optimizer,
             shrink="last" if args.torch_compile else "each",
         )
@@ -116,7 +130,7 @@ class RankAllocationCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
-        if self._tuner is None or not self.log or not (self._decided or control.should_log):
+        if not self._is_asked_first("log", state) or not self.log or not (self._decided or control.should_log):
             return
         event = "decision" if self._decided else "log"
         self._decided = False
@@ -141,6 +155,13 @@ class RankAllocationCallback(TrainerCallback):
             self._report(args, state, control, model, "end")
         _drivers.pop(self._tuner, None)
         self._tuner = None
+
+    def _is_asked_first(self, event: str, state: TrainerState) -> bool:
+        """Whether this callback drives the training and has not answered this event of this step before."""
+        if self._tuner is None or self._answered.get(event) == state.global_step:
+            return False
+        self._answered[event] = state.global_step
+        return True
 
     def _report(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, event: str

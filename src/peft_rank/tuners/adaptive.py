@@ -76,6 +76,11 @@ class AdaptiveRankTuner(BaseTuner):
         """
 
     @abstractmethod
+    def skip_step(self, global_step: int) -> None:
+        """Take note that the optimizer skipped this step, as it does where fp16 gradients overflow: instead of
+        `update_and_allocate`. Nothing is recorded, and a decision that was due waits for the next step."""
+
+    @abstractmethod
     def finalize(self, optimizer: Optimizer | None = None, compact: bool = True) -> None:
         """Finish the allocation: meet the budget exactly, remove pruned ranks, write `rank_pattern`.
 

@@ -196,6 +196,11 @@ class SalientLoRATraining(AdaptiveRankTuner):
                     self._remove_pruned(name, optimizer)
         return decided
 
+    def skip_step(self, global_step: int) -> None:
+        for name in self._allocating_adapters():
+            allocator = self.allocator(name)
+            allocator.last_step = max(allocator.last_step, global_step)
+
     def _plan_from_steps(self, allocator: RankAllocator) -> None:
         try:
             allocator.plan(None)
