@@ -113,8 +113,9 @@ class LinearWithUpdate(Function):
         dtype = compute_dtype(x) if cast is None else cast.low.dtype
         with _without_autocast(x.device.type):
             rows = x.reshape(-1, x.shape[-1])  # (tokens, in)
-            if rows.dtype != dtype:
-                rows, weight = rows.to(dtype), weight.to(dtype)
+            # each for itself: under autocast a half-precision activation meets a float32 weight
+            rows = rows if rows.dtype == dtype else rows.to(dtype)
+            weight = weight if weight.dtype == dtype else weight.to(dtype)
             if cast is None:
                 scale = E * scaling
                 cast = CastFactors(A.to(dtype), scale, _scaled(B, scale, dtype))
@@ -142,7 +143,7 @@ class LinearWithUpdate(Function):
             grad = grad_output.reshape(-1, grad_output.shape[-1])  # (tokens, out)
             grad_hidden = grad @ up  # (tokens, r)
             if needs_x:
-                grad_x = (grad @ weight).addmm_(grad_hidden, low).view(*grad_output.shape[:-1], -1)
+                grad_x = (grad @ weight).addmm_(grad_hidden, low).view(*grad_output.shape[:-1], weight.shape[1])
             if needs_A:
                 grad_A = _float32_product(grad_hidden.T, rows, B.dtype)
             if needs_E or needs_B:
