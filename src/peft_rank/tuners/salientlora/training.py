@@ -284,17 +284,20 @@ class SalientLoRATraining(AdaptiveRankTuner):
 
     def check_resumed(self, global_step: int, checkpoint: Path | None = None) -> None:
         for name in self._allocating_adapters():
-            allocator = self.allocator(name)
-            if checkpoint is not None and allocator.last_step < global_step:
+            allocator, hint = self.allocator(name), ""
+            if checkpoint is not None and allocator.last_step != global_step:
                 folder = checkpoint if name == "default" else checkpoint / name
-                self._restore_state(name, load_peft_weights(str(folder), device="cpu"))
-                allocator = self.allocator(name)
+                if folder.is_dir():
+                    self._restore_state(name, load_peft_weights(str(folder), device="cpu"))
+                    allocator = self.allocator(name)
+                else:
+                    hint = f" Under DeepSpeed it is read from {folder}, which does not exist: keep it in `output_dir`."
             if not allocator.finished and global_step > max(allocator.last_step, allocator.schedule.warmup_steps):
                 raise RuntimeError(
                     f"The training resumes at step {global_step}, but the allocation of adapter {name!r} knows only its "
                     f"first {allocator.last_step} steps. Was it trained without RankAllocationCallback, or were the "
                     "weights loaded without their checkpoint? Resume from a checkpoint that the callback was part of, or "
-                    "start afresh."
+                    f"start afresh.{hint}"
                 )
 
     def _restore_state(self, adapter_name: str, weights: dict[str, torch.Tensor]) -> None:
