@@ -90,9 +90,8 @@ def _work(folder: Path, runs: list[dict[str, Any]], processes: int, deepspeed: b
         "PYTHONWARNINGS": "ignore::FutureWarning",
     }
     command = [sys.executable, *(torchrun if processes > 1 else []), str(WORKER), str(folder), json.dumps(runs)]
-    result = subprocess.run(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=600
-    )
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    result = subprocess.run(command, env=environment, check=False, timeout=600, **output)
     return result.stdout
 
 
