@@ -33,6 +33,7 @@ from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from peft_rank import SalientLoRAConfig
+from peft_rank.orthogonality import orthogonality
 
 
 @dataclass(frozen=True)
@@ -142,9 +143,12 @@ class Training:
         config = make_config(spec, data.steps)
         self.model = get_peft_model(model, config).train()
         self.tuner = self.model.base_model
-        self.salient = isinstance(config, SalientLoRAConfig)
+        self.salient, self.adalora = isinstance(config, SalientLoRAConfig), isinstance(config, AdaLoraConfig)
         if self.salient:
             self.tuner.resolve_schedule(data.steps)
+            self.tuner._record = self._record_snapshot
+        if self.adalora:
+            self.tuner.rankallocator.update_ipt = lambda model: None
         parameters = [p for p in self.model.parameters() if p.requires_grad]
         self.initial_parameters = sum(p.numel() for p in parameters)
         cuda = data.device == "cuda"
@@ -160,10 +164,32 @@ class Training:
         self.start = time.perf_counter()
 
     def _work(self) -> None:
+        """All of a step that touches every module, so that it can be replayed; only decisions are left out."""
         self.model(**self.batch).loss.backward()
         if self.salient:
             self.tuner.add_regularization_gradient()
         self.optimizer.step()
+        if self.salient:
+            layers = self.tuner.adapter_layers("default").values()
+            with torch.no_grad():
+                values = torch.cat([layer.masked_E("default") for layer in layers])
+            self.snapshot = values, orthogonality(*self.tuner._factors("default"))
+        if self.adalora:
+            self._update_importance()
+
+    def _record_snapshot(self, adapter_name: str) -> None:
+        self.tuner.allocator(adapter_name).record([self.snapshot[0]], self.snapshot[1])
+
+    def _update_importance(self) -> None:
+        """AdaLoRA's moving averages, which PEFT keeps in new tensors every step, in the same ones."""
+        allocator = self.tuner.rankallocator
+        averages = (allocator.ipt, allocator.exp_avg_ipt, allocator.exp_avg_unc)
+        kept = [dict(average) for average in averages]
+        type(allocator).update_ipt(allocator, self.model)
+        for average, old in zip(averages, kept, strict=True):
+            if old:
+                torch._foreach_copy_(list(old.values()), [average[key] for key in old])
+                average.update(old)
 
     def _capture(self, parameters: list[torch.nn.Parameter]) -> torch.cuda.CUDAGraph:
         if self.salient:
@@ -181,7 +207,9 @@ class Training:
             self._work()
         with torch.no_grad():
             torch._foreach_copy_(parameters, before)
-            for state in self.optimizer.state.values():
+            allocator = self.tuner.rankallocator if self.adalora else None
+            averages = (allocator.ipt, allocator.exp_avg_ipt, allocator.exp_avg_unc) if self.adalora else ()
+            for state in (*self.optimizer.state.values(), *averages):
                 for value in state.values():
                     value.zero_()
         torch.cuda.synchronize()
@@ -199,7 +227,7 @@ class Training:
                 self._work()
             else:
                 self.graph.replay()
-            if self.salient or self.spec.method == "adalora":
+            if self.salient or self.adalora:
                 self.tuner.update_and_allocate(self.done)
             if self.graph is None:
                 self.optimizer.zero_grad(set_to_none=True)

@@ -153,6 +153,21 @@ class LinearWithUpdate(Function):
         return grad_x, None, None, grad_A, grad_E, grad_B, None, None
 
 
+class MaskRanks(Function):
+    """E * mask, without a saved tensor: gradient checkpointing counts those, and E is masked outside of a checkpointed
+    block in the forward pass and inside of it when the block is recomputed."""
+
+    @staticmethod
+    def forward(ctx: Any, E: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        ctx.mask = mask
+        return E * mask
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: torch.Tensor):
+        return grad_output * ctx.mask, None
+
+
 class AddToGradient(Function):
     """The identity, whose backward adds a gradient that was computed beforehand, once.
 

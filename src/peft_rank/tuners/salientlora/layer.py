@@ -18,7 +18,7 @@ from torch import nn
 
 from ..shrinking import narrow
 from .config import SalientLoRAConfig
-from .functional import AddToGradient, Factors, LinearWithUpdate, PreparedUpdate, compute_dtype
+from .functional import AddToGradient, Factors, LinearWithUpdate, MaskRanks, PreparedUpdate, compute_dtype
 
 
 class SalientLoRALayer(BaseTunerLayer):
@@ -156,7 +156,11 @@ class SalientLoRALayer(BaseTunerLayer):
     def masked_E(self, adapter_name: str) -> torch.Tensor:
         """E, (r,), with 0 for pruned ranks."""
         E, mask = self.salientlora_E[adapter_name], self.salientlora_mask.get(adapter_name)
-        return E if mask is None else E * mask
+        if mask is None:
+            return E
+        # the model may have been moved or cast since
+        mask = mask.to(E.device, E.dtype)
+        return E * mask if torch.compiler.is_compiling() else MaskRanks.apply(E, mask)
 
     def factors(self, adapter_name: str) -> Factors:
         """The factors for a forward pass: gathered, masked and, if armed, with the regularizer in their backward."""
