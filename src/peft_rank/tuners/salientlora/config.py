@@ -13,6 +13,7 @@ from peft.utils import PeftType
 from peft_rank.allocation.schedule import AllocationSchedule
 
 
+DEFAULT_RATIOS = {"warmup": 0.1, "allocation": 0.5}
 INITIALISATIONS = ("gaussian", "orthogonal", "lora")
 
 
@@ -201,8 +202,10 @@ class SalientLoRAConfig(PeftConfig):
             ValueError: If a phase is given as a fraction and `total_steps` is not known, or if the phases do not fit.
         """
         total_steps = self.total_steps if total_steps is None else total_steps
-        warmup = self._phase("warmup", 0.1, total_steps)
-        allocation = self._phase("allocation", 0.5, total_steps)
+        warmup, allocation = self._phase("warmup", total_steps), self._phase("allocation", total_steps)
+        if self._ratio("warmup") is not None and self._ratio("allocation") is not None:
+            # both were rounded, which may have added a step too many
+            allocation = min(allocation, total_steps - warmup)
         return AllocationSchedule(
             warmup_steps=warmup,
             allocation_steps=allocation,
@@ -214,11 +217,17 @@ class SalientLoRAConfig(PeftConfig):
             reference=self.reference,
         )
 
-    def _phase(self, name: str, default_ratio: float, total_steps: int | None) -> int:
+    def _ratio(self, name: str) -> float | None:
+        """Fraction of the training that the phase takes, None if it is given in steps."""
         steps, ratio = getattr(self, f"{name}_steps"), getattr(self, f"{name}_ratio")
         if steps is not None:
-            return steps
-        ratio = default_ratio if ratio is None else ratio
+            return None
+        return DEFAULT_RATIOS[name] if ratio is None else ratio
+
+    def _phase(self, name: str, total_steps: int | None) -> int:
+        ratio = self._ratio(name)
+        if ratio is None:
+            return getattr(self, f"{name}_steps")
         if total_steps is None:
             raise ValueError(
                 f"`{name}_ratio={ratio}` is a fraction of the training, whose length is not known. Add "
@@ -280,10 +289,10 @@ class SalientLoRAConfig(PeftConfig):
                 f"`initial_window={self.initial_window}` must be at most `final_window={self.final_window}`: windows "
                 "grow."
             )
-        if (self.warmup_ratio or 0) + (self.allocation_ratio or 0) > 1:
+        warmup, allocation = self._ratio("warmup") or 0, self._ratio("allocation") or 0
+        if warmup + allocation > 1:
             raise ValueError(
-                f"`warmup_ratio={self.warmup_ratio}` and `allocation_ratio={self.allocation_ratio}` must not sum to "
-                "more than 1."
+                f"`warmup_ratio={warmup}` and `allocation_ratio={allocation}` must not sum to more than 1."
             )
 
     def _check_modules(self) -> None:
