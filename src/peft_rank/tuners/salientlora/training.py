@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import is_deepspeed_available
 from peft.utils import load_peft_weights
 from peft.utils.integrations import check_deepspeed_zero3_enabled, gather_params_ctx
 from torch import nn
@@ -212,8 +213,9 @@ class SalientLoRATraining(AdaptiveRankTuner):
     def _record(self, adapter_name: str) -> None:
         with self._gathered(adapter_name):
             layers = self.adapter_layers(adapter_name).values()
-            values = [layer.masked_E(adapter_name) for layer in layers]
             down, up, alive = self._factors(adapter_name)
+            values = [_in_full_precision(layer.salientlora_E[adapter_name]) for layer in layers]
+            values = [E if mask is None else E * mask.to(E) for E, mask in zip(values, alive, strict=True)]
             self.allocator(adapter_name).record(values, orthogonality(down, up, alive))
 
     def _prune(self, adapter_name: str, keep: torch.Tensor) -> None:
@@ -363,6 +365,16 @@ class SalientLoRATraining(AdaptiveRankTuner):
             layer._armed.pop(adapter_name, None)
             if adapter_name in layer.salientlora_state:
                 del layer.salientlora_state[adapter_name]
+
+
+def _in_full_precision(parameter: nn.Parameter) -> torch.Tensor:
+    """The parameter, or the float32 copy that DeepSpeed trains in its place: small steps vanish in half precision."""
+    if parameter.dtype == torch.float32 or not is_deepspeed_available():
+        return parameter
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    copy = safe_get_full_fp32_param(parameter)
+    return parameter if copy is None else copy
 
 
 def _is_data_parallel() -> bool:
