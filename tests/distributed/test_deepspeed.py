@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 
 from peft_rank import SalientLoRAConfig, get_rank_pattern
 from tiny_models import TinyModel
@@ -37,8 +38,8 @@ RUNS = [
     {"name": "zero3-resumed-within", "stage": 3, "resume": "zero3/checkpoint-6", "seed": 1},
     {"name": "zero3-further", "stage": 3, "adapter": "zero3/adapter"},
     {"name": "fp16-zero0", "stage": 0, "arguments": {"fp16": True}},
-    {"name": "fp16-zero2", "stage": 2, "arguments": {"fp16": True}},
-    {"name": "fp16-zero3", "stage": 3, "arguments": {"fp16": True}},
+    {"name": "fp16-zero2", "stage": 2, "arguments": {"fp16": True, **SAVE}},
+    {"name": "fp16-zero3", "stage": 3, "arguments": {"fp16": True, **SAVE}},
 ]
 STAGES = {run["name"]: run["stage"] for run in RUNS}
 SAME = [name for name in STAGES if name.startswith("zero") and not name.endswith("further")]
@@ -149,3 +150,14 @@ def test_the_regularizer_has_the_scale_of_the_loss_in_fp16(single: Callable, dou
     """Scaled by 1024 too often or too rarely, it would rule the training or vanish from it."""
     with_it, without = (single(run).seen["summary"]["orthogonality"] for run in ("plain", "unregularized"))
     assert double(name).seen["summary"]["orthogonality"] == pytest.approx(with_it, abs=(without - with_it) / 4)
+
+
+@pytest.mark.parametrize("name", ["fp16-zero2", "fp16-zero3"])
+def test_what_is_recorded_is_not_rounded_to_fp16(double: Callable, llama: TinyModel, name: str) -> None:
+    """The optimizer trains float32 copies of the model's parameters; small steps are seen in them only."""
+    model = PeftModel.from_pretrained(llama.make_model(), double(name).folder / "checkpoint-6")
+    values = load_file(double(name).folder / "checkpoint-6" / "adapter_model.safetensors")
+    assert {value.dtype for key, value in values.items() if key.endswith("_E")} == {torch.float16}
+    window = model.base_model.allocator("default")._window
+    assert len(window) == 2  # steps 5 and 6
+    assert (window != window.half().float()).any()
