@@ -104,16 +104,23 @@ def check_widths(
         state_dict (`Mapping[str, torch.Tensor]`): The checkpoint, keys without adapter name.
 
     Raises:
-        ValueError: If a factor has a shape that does not fit its module or the other two factors.
+        ValueError: If there is no factor at all, or one lacks or has a shape that does not fit its module or the other
+            two.
     """
     tensors = {plain_name(key): tensor for key, tensor in state_dict.items()}
-    ranks = {}
+    ranks, present = {}, False
     for name, layer in layers.items():
-        A, E, B = (tensors.get(f"{name}.{attribute}") for attribute in layer.adapter_layer_names)
-        if A is None or E is None or B is None:
+        factors = [tensors.get(f"{name}.{attribute}") for attribute in layer.adapter_layer_names]
+        if all(factor is None for factor in factors):
             ranks[name] = layer.salientlora_r[adapter_name]
             continue
-        rank = len(A)
+        present = True
+        if any(factor is None for factor in factors):
+            raise ValueError(
+                f"The checkpoint has not all of the factors A, E, B of {name}. It is damaged; nothing was loaded."
+            )
+        A, E, B = factors
+        rank = A.shape[0] if A.dim() > 0 else 0
         expected = ((rank, layer.in_features), (rank,), (layer.out_features, rank))
         found = tuple(tuple(factor.shape) for factor in (A, E, B))
         if found != expected:
@@ -122,4 +129,9 @@ def check_widths(
                 "is damaged or belongs to another model; nothing was loaded."
             )
         ranks[name] = rank
+    if layers and not present:
+        raise ValueError(
+            f"The checkpoint holds none of the SalientLoRA factors of adapter {adapter_name!r}. It belongs to another PEFT "
+            "method or to other target modules; nothing was loaded."
+        )
     return ranks

@@ -141,7 +141,8 @@ class SalientLoRALayer(BaseTunerLayer):
     def set_mask(self, adapter_name: str, keep: torch.Tensor) -> None:
         """Prune the ranks where `keep`, (r,) bool, is False, without removing them."""
         E = self.salientlora_E[adapter_name]
-        keep = keep.to(E.device, E.dtype)
+        # E has no data yet where the adapter is still being loaded
+        keep = keep.to(keep.device if E.is_meta else E.device, E.dtype)
         if adapter_name in self.salientlora_mask:
             # in place: a compiled model does not notice
             self.salientlora_mask[adapter_name].copy_(keep)
