@@ -55,17 +55,20 @@ class SalientLoRAConfig(PeftConfig):
             "left in all. Equal to `init_r`: no allocation."
         },
     )
-    lora_alpha: float = field(
-        default=16.0,
-        metadata={"help": "The update is scaled by `lora_alpha / init_r`; pruning does not change the scale."},
+    lora_alpha: float | None = field(
+        default=None,
+        metadata={
+            "help": "The update is scaled by `lora_alpha / init_r`; pruning does not change the scale. 10 times `init_r` "
+            "if not given: E starts at 0, so that it takes a larger scale than LoRA's to move as fast."
+        },
     )
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout probability of the adapter's input."})
     init_weights: bool | Literal["gaussian", "orthogonal", "lora"] = field(
         default=True,
         metadata={
-            "help": "How A, E and B start. `True`: the recommended initialisation, under which the adapter starts as "
-            "the identity. `False`: random, not the identity. `'gaussian'`: A and B normal with deviation 0.02, E = 0, "
-            "as in the released code. `'orthogonal'`: A and B with orthonormal ranks, E = 0. `'lora'`: A as in LoRA, "
+            "help": "How A, E and B start. `True`: A and B normal, with ranks of one norm whatever the width of the "
+            "module, E = 0, so that the adapter starts as the identity. `False`: random, not the identity. "
+            "`'gaussian'`: A and B normal with deviation 0.02, E = 0, as in the released code. `'orthogonal'`: A and B with orthonormal ranks, E = 0. `'lora'`: A as in LoRA, "
             "E = 1, B = 0."
         },
     )
@@ -176,6 +179,8 @@ class SalientLoRAConfig(PeftConfig):
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)
         self.rank_pattern = {} if self.rank_pattern is None else self.rank_pattern
+        if self.lora_alpha is None:
+            self.lora_alpha = 10.0 * self.init_r
         self._check_ranks()
         self._check_salience()
         self._check_schedule()
