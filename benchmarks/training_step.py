@@ -49,7 +49,7 @@ def salient(r: int, target: int, allocation_steps: int = 10_000) -> SalientLoRAC
 
 def adalora(r: int, target: int) -> AdaLoraConfig:
     return AdaLoraConfig(
-        init_r=r, target_r=target, tinit=1, tfinal=10, deltaT=10, total_step=10_000, target_modules=LINEARS
+        init_r=r, target_r=target, tinit=1, tfinal=10, deltaT=1, total_step=10_000, target_modules=LINEARS
     )
 
 

@@ -32,6 +32,7 @@ import numpy as np
 import torch
 import transformers
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors.torch import load_file, save_file
 from stdlib_docs import PACKAGES, Task, make_task
 from transformers import (
@@ -52,8 +53,8 @@ from peft_rank import RankAllocationCallback, SalientLoRAConfig, export_lora, pl
 
 TARGETS = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
 HEAD = ["pooler", "classifier"]  # trained whole, by both methods
-RANK = 2  # a module on average; plain LoRA has it in every module
-INITIAL_RANK = 15
+INITIAL_RANK = 15  # of SalientLoRA, in every module
+RANK = 2  # a module: on average at the end of SalientLoRA, everywhere in LoRA
 SCALE = 2.0  # of both methods' updates
 LEARNING_RATES = {"SalientLoRA": 1e-3, "LoRA": 2e-3}  # for each the best of 1e-3, 2e-3 and 4e-3 (one seed)
 
@@ -113,31 +114,15 @@ def main() -> None:
     encoder = tiny_encoder(output / "encoder", task) if flags.smoke else pretrained_encoder()
     tokenizer = AutoTokenizer.from_pretrained(encoder)
     say(
-        f"The task: {len(task.train)} sentences to train on, {len(task.validation)} to validate, {len(PACKAGES)} packages"
+        f"The task: {len(PACKAGES)} packages, {len(task.train)} sentences to train on, {len(task.validation)} to validate"
     )
     text, label = task.train[0]
     print(f'for example ({task.labels[label]}): "{text}"')
 
-    common = {"target_modules": TARGETS, "modules_to_save": HEAD, "task_type": "SEQ_CLS"}
-    configs = {
-        "SalientLoRA": SalientLoRAConfig(
-            init_r=INITIAL_RANK,
-            target_r=RANK,
-            lora_alpha=SCALE * INITIAL_RANK,
-            init_weights="lora",
-            initial_window=settings.initial_window,
-            final_window=settings.final_window,
-            **common,
-        ),
-        "LoRA": LoraConfig(r=RANK, lora_alpha=SCALE * RANK, **common),
-    }
     runs = {}
-    for name, ranks in {
-        "SalientLoRA": f"{INITIAL_RANK} ranks a module at the start, {RANK} on average at the end",
-        "LoRA": f"{RANK} ranks in every module",
-    }.items():
-        say(f"{name}: {ranks}; {settings.steps} steps, learning rate {LEARNING_RATES[name]:g}")
-        runs[name] = finetune(name, configs[name], encoder, tokenizer, task, settings, output, flags.seed)
+    for name, config in make_configs(settings).items():
+        say(f"{name}: {settings.steps} steps, learning rate {LEARNING_RATES[name]:g}")
+        runs[name] = finetune(name, config, encoder, tokenizer, task, settings, output, flags.seed)
     compare(runs, task, output)
 
     say("Ranks that SalientLoRA chose")
@@ -177,6 +162,21 @@ def tiny_encoder(folder: Path, task: Task) -> Path:
     shape["initializer_range"] = 0.2  # outputs well above rounding
     BertModel(BertConfig(vocab_size=len(vocabulary), **shape)).save_pretrained(folder)
     return folder
+
+
+def make_configs(settings: Settings) -> dict[str, PeftConfig]:
+    """The two methods: the same modules, head, scale and total rank at the end."""
+    common = {"target_modules": TARGETS, "modules_to_save": HEAD, "task_type": "SEQ_CLS"}
+    salient = SalientLoRAConfig(
+        init_r=INITIAL_RANK,
+        target_r=RANK,
+        lora_alpha=SCALE * INITIAL_RANK,
+        init_weights="lora",
+        initial_window=settings.initial_window,
+        final_window=settings.final_window,
+        **common,
+    )
+    return {"SalientLoRA": salient, "LoRA": LoraConfig(r=RANK, lora_alpha=SCALE * RANK, **common)}
 
 
 def tokenize(tokenizer: PreTrainedTokenizerBase, examples: list[tuple[str, int]]) -> list[dict[str, Any]]:
@@ -226,8 +226,9 @@ def finetune(
     seconds = time.perf_counter() - started
     accuracy = trainer.evaluate()["eval_accuracy"]
     trainer.save_model()
-    adapter = sum(p.numel() for name, p in model.named_parameters() if p.requires_grad and "lora_" in name)
-    return Run(model, accuracy, adapter, seconds)
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    parameters = sum(p.numel() for layer in layers for p in layer.parameters() if p.requires_grad)
+    return Run(model, accuracy, parameters, seconds)
 
 
 def compare(runs: dict[str, Run], task: Task, output: Path) -> None:

@@ -179,8 +179,6 @@ class SalientLoRAConfig(PeftConfig):
         if isinstance(self.exclude_modules, list):
             self.exclude_modules = set(self.exclude_modules)
         self.rank_pattern = {} if self.rank_pattern is None else self.rank_pattern
-        if self.lora_alpha is None:
-            self.lora_alpha = 10.0 * self.init_r
         self._check_ranks()
         self._check_salience()
         self._check_schedule()
@@ -257,6 +255,8 @@ class SalientLoRAConfig(PeftConfig):
             )
         for name, rank in self.rank_pattern.items():
             _check_int(f"rank_pattern[{name!r}]", rank, 0)
+        if self.lora_alpha is None:
+            self.lora_alpha = 10.0 * self.init_r
         _check_range("lora_alpha", self.lora_alpha, self.lora_alpha > 0, "above 0")
         _check_range("lora_dropout", self.lora_dropout, 0 <= self.lora_dropout < 1, "in [0, 1)")
         if not isinstance(self.init_weights, bool) and self.init_weights not in INITIALISATIONS:
