@@ -26,6 +26,7 @@ def config(tiny: TinyModel, **overrides: Any) -> SalientLoRAConfig:
     settings = {
         "init_r": 4,
         "target_r": 2,
+        "lora_alpha": 16.0,
         "task_type": tiny.task_type,
         "target_modules": list(tiny.target_modules),
         "fan_in_fan_out": tiny.conv1d,

@@ -165,7 +165,9 @@ class Two(nn.Module):
 @pytest.fixture
 def model():
     torch.manual_seed(0)
-    settings = SalientLoRAConfig(init_r=3, target_r=2, target_modules=["first", "second"], init_weights=False)
+    settings = SalientLoRAConfig(
+        init_r=3, target_r=2, lora_alpha=16, target_modules=["first", "second"], init_weights=False
+    )
     with pytest.warns(UserWarning, match="fan_in_fan_out"):
         return get_peft_model(Two(), settings)
 
@@ -247,7 +249,9 @@ def test_a_module_without_any_rank_is_its_base_module(model) -> None:
 
 def test_dropout_acts_on_the_adapter_only_and_only_in_training() -> None:
     torch.manual_seed(0)
-    settings = SalientLoRAConfig(init_r=3, target_r=2, target_modules=["first"], init_weights=False, lora_dropout=0.5)
+    settings = SalientLoRAConfig(
+        init_r=3, target_r=2, lora_alpha=16, target_modules=["first"], init_weights=False, lora_dropout=0.5
+    )
     model, x = get_peft_model(Two(), settings), torch.randn(64, 6)
     layer = layers(model)[0]
     base = layer.base_layer(x)
@@ -294,7 +298,7 @@ def test_an_exception_in_forward_leaves_nothing_behind(model) -> None:
 
 def test_double_precision() -> None:
     torch.manual_seed(0)
-    settings = SalientLoRAConfig(init_r=3, target_r=2, target_modules=["first"], init_weights=False)
+    settings = SalientLoRAConfig(init_r=3, target_r=2, lora_alpha=16, target_modules=["first"], init_weights=False)
     model, x = get_peft_model(Two(), settings).double(), torch.randn(5, 6, dtype=torch.float64)
     first, second = effective(layers(model)[0]), model.base_model.model.second
     expected = second(torch.tanh(F.linear(torch.tanh(F.linear(x, *first)), *first)))

@@ -178,7 +178,7 @@ def test_the_default_start_is_the_identity(tiny: TinyModel) -> None:
 
 
 def test_initialisations() -> None:
-    def factors(start: str) -> tuple[torch.Tensor, ...]:
+    def factors(start: str | bool) -> tuple[torch.Tensor, ...]:
         model = adapted(LLAMA, init_weights=start, init_r=8)
         layer = next(iter(model.base_model.adapter_layers("default").values()))
         return tuple(getattr(layer, f"salientlora_{f}")["default"].detach() for f in "AEB")
@@ -189,6 +189,9 @@ def test_initialisations() -> None:
     assert not E.any()
     A, E, B = factors("gaussian")
     assert 0.015 < A.std() < 0.025 and 0.015 < B.std() < 0.025 and not E.any()
+    A, E, B = factors(True)
+    norms = torch.cat([A.norm(dim=1), B.norm(dim=0)])
+    assert 0.2 < norms.min() and norms.max() < 0.7 and not E.any()  # whatever the width
     A, E, B = factors("lora")
     assert (E == 1).all() and not B.any() and A.abs().max() <= 1 / 32**0.5
 

@@ -84,7 +84,9 @@ def _add_state(
     adapter_name: str,
     allocator: RankAllocator,
 ) -> None:
-    unfinished = allocator.last_step > 0 and not (allocator.finished and bool(allocator.alive.all()))
+    # in reference mode the budget may stay unmet, so that the ranks alone do not tell that all was decided
+    plain = allocator.finished and bool(allocator.alive.all()) and allocator.total <= allocator.target_total
+    unfinished = allocator.last_step > 0 and not plain
     config.allocation_state = None
     if unfinished and not allocator.closed:
         state = allocator.pack()
