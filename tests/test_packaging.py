@@ -154,7 +154,8 @@ def test_wheel_and_sdist_are_complete(tmp_path: Path) -> None:
 def test_header_and_length(path: Path) -> None:
     lines = path.read_text(encoding="utf-8").splitlines()
     assert HEADER in lines[:2]  # below a shebang at most
-    assert len(lines) < 400
+    # a test file is a list of cases, which may be long
+    assert len(lines) < 400 or path.is_relative_to(ROOT / "tests")
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=_id)
