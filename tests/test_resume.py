@@ -242,8 +242,10 @@ def test_a_finished_adapter_trains_on_with_its_ranks(tmp_path: Path) -> None:
     assert any(not torch.equal(before[key], value) for key, value in weights(loaded).items())
 
 
-def test_training_twice_with_the_same_trainer(tmp_path: Path) -> None:
-    trainer = make_trainer(adapted(LLAMA), LLAMA, tmp_path)
+@pytest.mark.parametrize("optim", ["adamw_torch", "adafactor"])
+def test_training_twice_with_the_same_trainer(tmp_path: Path, optim: str) -> None:
+    """The Trainer keeps its optimizer, which therefore has to hold the parameters that `finalize` made."""
+    trainer = make_trainer(adapted(LLAMA), LLAMA, tmp_path, optim=optim)
     trainer.train()
     ranks, before = get_rank_pattern(trainer.model), weights(trainer.model)
     trainer.train()

@@ -167,6 +167,20 @@ def test_swap_keeps_order_options_and_scalars() -> None:
     assert_close(optimizer.state[new]["step"], count, 0)
 
 
+def test_state_that_cannot_be_cut_is_started_anew() -> None:
+    parameter = nn.Parameter(torch.randn(3, 2))
+    optimizer = Adafactor([parameter], lr=0.1, relative_step=False)
+    parameter.grad = torch.ones(3, 2)
+    optimizer.step()
+    index = torch.tensor([2, 0])
+    new = narrow(parameter, 0, index)
+    swap_parameters(optimizer, {parameter: (new, 0, index)})
+    assert not optimizer.state
+    before, new.grad = new.detach().clone(), torch.ones(2, 2)
+    optimizer.step()
+    assert (new != before).all()
+
+
 def test_what_can_be_sliced() -> None:
     parameter = nn.Parameter(torch.randn(3, 2))
     parameter.grad = torch.ones(3, 2)

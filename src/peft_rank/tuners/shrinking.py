@@ -44,7 +44,8 @@ def swap_parameters(
     """Let `optimizer` go on with narrower parameters.
 
     Args:
-        optimizer (`Optimizer`): Changed in place; its groups keep their order and options.
+        optimizer (`Optimizer`): Changed in place; its groups keep their order and options. State that cannot be cut is
+            dropped, so that the optimizer starts it anew.
         replacements: For every old parameter the new one, and the `dim` and `index` that it was cut by.
     """
     for group in optimizer.param_groups:
@@ -52,7 +53,9 @@ def swap_parameters(
     for old, (new, dim, index) in replacements.items():
         if old not in optimizer.state:
             continue
-        optimizer.state[new] = {
-            key: value.index_select(dim, index) if torch.is_tensor(value) and value.shape == old.shape else value
-            for key, value in optimizer.state.pop(old).items()
-        }
+        can_slice, state = can_slice_state(optimizer, [old]), optimizer.state.pop(old)
+        if can_slice:
+            optimizer.state[new] = {
+                key: value.index_select(dim, index) if torch.is_tensor(value) and value.shape == old.shape else value
+                for key, value in state.items()
+            }

@@ -229,15 +229,14 @@ class SalientLoRATraining(AdaptiveRankTuner):
         layers = list(self.adapter_layers(adapter_name).values())
         parameters = [getattr(layer, a)[adapter_name] for layer in layers for a in layer.adapter_layer_names]
         optimizer = None if optimizer is None else unwrap_optimizer(optimizer)
-        follows = optimizer is not None and can_slice_state(optimizer, parameters)
-        if training and (_is_data_parallel() or not follows):
+        if training and (_is_data_parallel() or optimizer is None or not can_slice_state(optimizer, parameters)):
             return
         replacements = {}
         for layer, mask in zip(layers, self.allocator(adapter_name).remove_dead(), strict=True):
             layer.salientlora_mask.pop(adapter_name, None)
             if not mask.all():
                 replacements.update(layer.narrow(adapter_name, mask))
-        if follows:
+        if optimizer is not None:
             swap_parameters(optimizer, replacements)
 
     @torch.no_grad()
