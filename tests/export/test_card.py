@@ -123,17 +123,6 @@ def test_the_snippets_load_the_adapter_and_export_it(tiny: TinyModel, tmp_path: 
     assert_close(logits(names["model"], tiny), logits(model, tiny), 1e-5)
 
 
-def test_a_local_base_model_stays_out_of_the_metadata(llama: TinyModel, tmp_path: Path) -> None:
-    """The Hub refuses a push whose card names a base model that is no repository."""
-    base = tmp_path / "base"
-    llama.make_model().save_pretrained(base)
-    finished(llama, base=str(base)).save_pretrained(tmp_path / "adapter")
-    card = ModelCard.load(tmp_path / "adapter" / "README.md")
-    assert card.data.base_model is None
-    assert not [tag for tag in card.data.tags if str(base) in tag]
-    assert f"`{base}`" in card.text
-
-
 def test_every_adapter_of_ours_is_told_of(llama: TinyModel, tmp_path: Path) -> None:
     model = finished(llama)
     model.add_adapter("second", config(llama, init_r=3, target_r=3, target_modules=["q_proj"]))
@@ -273,6 +262,20 @@ def test_push_to_hub_keeps_the_words_of_the_card_there(
     assert card.data.license == "mit"
     assert "My own words." in card.text
     assert card.text.count(card_module.START) == 1
+
+
+def test_a_local_base_model_is_metadata_on_the_disk_only(hub: Hub, llama: TinyModel, tmp_path: Path) -> None:
+    """PEFT writes the folder; the Hub refuses a card whose base model is no repository."""
+    base = tmp_path / "base"
+    llama.make_model().save_pretrained(base)
+    model = finished(llama, base=str(base))
+    model.save_pretrained(tmp_path / "adapter")
+    assert ModelCard.load(tmp_path / "adapter" / "README.md").data.base_model == str(base)
+    model.push_to_hub("me/my-adapter")
+    card = ModelCard(hub.files["README.md"].decode())
+    assert card.data.base_model is None
+    assert not [tag for tag in card.data.tags if str(base) in tag]
+    assert f"`{base}`" in card.text
 
 
 def test_push_to_hub_of_other_methods_stays_as_it_is(hub: Hub, llama: TinyModel) -> None:

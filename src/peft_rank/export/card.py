@@ -72,7 +72,9 @@ def _write_card(
     try:
         card = ModelCard.load(path)
         summaries = {name: summarize_model(model, name) for name in adapters}
-        _put_data(card, _base_model(card.data.base_model, adapters), tags or [])
+        base_model = card.data.base_model or next(iter(adapters.values())).base_model_name_or_path
+        # on the disk PEFT's own entry stands, a local folder too; the Hub refuses what is no repository
+        _put_data(card, base_model if location == HERE else _repository(base_model), tags or [])
         _put_section(card, _adapter_section(summaries, location))
         card.save(path)
     except Exception as error:  # noqa: BLE001 - whatever it is, the adapter is still to be saved
@@ -81,12 +83,6 @@ def _write_card(
 
 def _our_adapters(model: PeftModel) -> dict[str, SalientLoRAConfig]:
     return {name: config for name, config in model.peft_config.items() if isinstance(config, SalientLoRAConfig)}
-
-
-def _base_model(found: str | list[str] | None, adapters: dict[str, SalientLoRAConfig]) -> str | None:
-    """The repository of the base model: as PEFT found it, or as the adapter recorded it."""
-    recorded = next(iter(adapters.values())).base_model_name_or_path
-    return found if isinstance(found, str) and _is_repository(found) else recorded
 
 
 # ---- cards ----
@@ -103,7 +99,7 @@ def lora_card(summary: AdapterSummary, config: LoraConfig, path: Path) -> ModelC
     """
     card = ModelCard.load(path) if path.exists() else ModelCard("---\n{}\n---\n\n# LoRA adapter\n")
     base = config.base_model_name_or_path
-    _put_data(card, base, ["lora"])
+    _put_data(card, _repository(base), ["lora"])
     rows = {
         "format": "plain LoRA, converted exactly from SalientLoRA",
         "base model": f"`{base}`" if base else "not recorded",
@@ -184,23 +180,23 @@ def auto_class(config: SalientLoRAConfig | LoraConfig) -> type:
     return getattr(peft, f"Auto{model_class.__name__}")
 
 
-def _put_data(card: ModelCard, base_model: str | None, tags: list[str]) -> None:
-    """The metadata. The Hub refuses a card whose base model is no repository, such as a local folder."""
+def _put_data(card: ModelCard, base_model: str | list[str] | None, tags: list[str]) -> None:
     data: ModelCardData = card.data
     data.library_name = "peft"
-    data.base_model = base_model if _is_repository(base_model) else None
+    data.base_model = base_model
     tags = {*(data.tags or []), *tags, *TAGS, "salientlora"}
     if data.base_model is None:
         tags = {tag for tag in tags if not tag.startswith("base_model:")}
     data.tags = sorted(tags)
 
 
-def _is_repository(name: str | None) -> bool:
+def _repository(name: str | list[str] | None) -> str | None:
+    """The name if it can be one of a repository."""
     try:
-        validate_repo_id(name or "")
+        validate_repo_id(name if isinstance(name, str) else "")
     except HFValidationError:
-        return False
-    return bool(name) and not Path(name).exists()
+        return None
+    return name
 
 
 def _put_section(card: ModelCard, section: str) -> None:

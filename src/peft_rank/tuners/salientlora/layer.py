@@ -112,7 +112,7 @@ class SalientLoRALayer(BaseTunerLayer):
             nn.init.normal_(B, std=math.sqrt(RANK_NORM / self.out_features))
         else:
             nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-            nn.init.ones_(E)
+            nn.init.constant_(E, 1 / self.salientlora_scaling[adapter_name])
             nn.init.kaiming_uniform_(B, a=math.sqrt(5))
 
     def resize(self, adapter_name: str, r: int) -> None:
