@@ -58,7 +58,7 @@ class SalientLoRAConfig(PeftConfig):
     lora_alpha: float | None = field(
         default=None,
         metadata={
-            "help": "The update is scaled by `lora_alpha / init_r`; pruning does not change the scale. 10 times `init_r` "
+            "help": "The update is scaled by `lora_alpha / init_r`; pruning does not change the scale. 4 times `init_r` "
             "if not given: E starts at 0, so that it takes a larger scale than LoRA's to move as fast."
         },
     )
@@ -256,7 +256,7 @@ class SalientLoRAConfig(PeftConfig):
         for name, rank in self.rank_pattern.items():
             _check_int(f"rank_pattern[{name!r}]", rank, 0)
         if self.lora_alpha is None:
-            self.lora_alpha = 10.0 * self.init_r
+            self.lora_alpha = 4.0 * self.init_r
         _check_range("lora_alpha", self.lora_alpha, self.lora_alpha > 0, "above 0")
         _check_range("lora_dropout", self.lora_dropout, 0 <= self.lora_dropout < 1, "in [0, 1)")
         if not isinstance(self.init_weights, bool) and self.init_weights not in INITIALISATIONS:

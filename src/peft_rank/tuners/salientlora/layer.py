@@ -21,9 +21,9 @@ from .config import SalientLoRAConfig
 from .functional import AddToGradient, Factors, LinearWithUpdate, MaskRanks, PreparedUpdate, compute_dtype
 
 
-# Expected squared norm of a row of A and of a column of B at the start, whatever the width of the module; that of the
-# released deviation of 0.02 at a width of 384. Together with the default scale of 10, ranks grow as fast as LoRA's.
-RANK_NORM = 0.15
+# Expected squared norm of a row of A and of a column of B at the start, whatever the width of the module. Together with
+# the default scale of 4, a step on E moves the weight about as far as a step on LoRA's B.
+RANK_NORM = 0.375
 
 
 class SalientLoRALayer(BaseTunerLayer):
