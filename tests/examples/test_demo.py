@@ -26,9 +26,10 @@ def test_smoke(tmp_path: Path) -> None:
     assert "total rank 24, 2 a module, 12 modules" in result.stdout
     accuracies = [float(x) for x in re.findall(r"LoRA +(\d\.\d+) \+-", result.stdout)]
     assert len(accuracies) == 2
-    difference, largest = re.search(r"difference of the logits: (\S+); largest logit: (\S+)", result.stdout).groups()
-    assert float(difference) < 1e-5
-    assert float(largest) > 0.1, "outputs near zero would agree whatever they are"
+    figures = re.search(r"difference of the logits: (\S+) \(without any adapter: (\S+)\)", result.stdout)
+    difference, effect = map(float, figures.groups())
+    assert difference < 1e-5
+    assert effect > 0, "an adapter without effect would agree with anything"
     assert json.loads((output / "salientlora" / "adapter_config.json").read_text())["peft_type"] == "SALIENTLORA"
     assert json.loads((output / "exported" / "adapter_config.json").read_text())["peft_type"] == "LORA"
     assert (output / "ranks.png").stat().st_size > 0
