@@ -40,8 +40,8 @@ EXACT = {
     "adamw-foreach": lambda p: torch.optim.AdamW(p, lr=5e-3, foreach=True),
     "adamw-fused": lambda p: torch.optim.AdamW(p, lr=5e-3, fused=True),
     "adam-amsgrad": lambda p: torch.optim.Adam(p, lr=5e-3, amsgrad=True),
-    "sgd": lambda p: torch.optim.SGD(p, lr=0.3),
-    "sgd-momentum": lambda p: torch.optim.SGD(p, lr=0.05, momentum=0.9),
+    "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
+    "sgd-momentum": lambda p: torch.optim.SGD(p, lr=0.02, momentum=0.9),
     "rmsprop": lambda p: torch.optim.RMSprop(p, lr=1e-3, momentum=0.5),
     "groups": lambda p: torch.optim.AdamW([{"params": p[::2]}, {"params": p[1::2], "lr": 1e-3}], lr=5e-3),
 }

@@ -165,7 +165,7 @@ def minimise(weight: Tensor, importance: Tensor, rank: int, method: str, max_ite
         max_iterations (`int`): Of one truncated SVD each, two where a step is taken back.
 
     Returns:
-        `Factors`: The best of all iterates, the start among them.
+        `Factors`: The best of all iterates, the start among them, hence never worse than SVD and FWSVD.
     """
     problem = Problem(weight, importance, rank)
     best = guess = problem.start()

@@ -277,7 +277,7 @@ def weighted_spectrum(
     The sum of squares from place r on is the least `weighted_error` that any rank r can have, and, but for the damping,
     that of `decompose(weight, r, method)`. For whitening it is the squared error of the module's output, summed over
     the tokens that the Gram matrix sums over. An iterative method has no such values; it gets those of its start,
-    "fisher" with alpha 0.5, times the square root of out, so that its losses count every entry as its own do.
+    "fisher" with alpha 0.5, whose losses count an entry with the mean importance of its column.
 
     Args:
         weight (`Tensor`): Shape (out, in), any floating dtype.

@@ -33,6 +33,13 @@ def exact_pattern(name: str) -> str:
     return "^" + re.escape(name)
 
 
+def exact_rank_pattern(ranks: Mapping[str, int], init_r: int) -> dict[str, int]:
+    """`rank_pattern` of these modules: all of them, or nothing where none differs from `init_r`."""
+    if all(rank == init_r for rank in ranks.values()):
+        return {}
+    return {exact_pattern(name): rank for name, rank in ranks.items()}
+
+
 def to_checkpoint(
     selected: dict[str, torch.Tensor],
     layers: Mapping[str, SalientLoRALayer],
@@ -55,7 +62,7 @@ def to_checkpoint(
     """
     entries = dict(selected)
     masks = [None] * len(layers) if allocator is None else allocator.alive.split(allocator.sizes)
-    config.rank_pattern = {}
+    ranks = {}
     for (name, layer), mask in zip(layers.items(), masks, strict=True):
         keys = [f"{name}.{attribute}.{adapter_name}" for attribute in layer.adapter_layer_names]
         if not all(key in entries for key in keys):
@@ -70,8 +77,8 @@ def to_checkpoint(
             mask = mask.to(A.device)
             A, E, B = (A[mask], E[mask], B[:, mask].contiguous()) if allocator.closed else (A, E * mask.to(E.dtype), B)
             entries.update(zip(keys, (A, E, B), strict=True))
-        if A.shape[0] != config.init_r:
-            config.rank_pattern[exact_pattern(plain_name(name))] = A.shape[0]
+        ranks[plain_name(name)] = A.shape[0]
+    config.rank_pattern = exact_rank_pattern(ranks, config.init_r)
     if allocator is not None:
         _add_state(entries, next(iter(layers)), config, adapter_name, allocator)
     return entries

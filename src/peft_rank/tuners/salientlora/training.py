@@ -23,7 +23,7 @@ from peft_rank.orthogonality import orthogonality, orthogonality_gradient
 from ..adaptive import AdaptiveRankTuner, ShrinkPolicy
 from ..shrinking import can_slice_state, swap_parameters, unwrap_optimizer
 from .allocator import RankAllocator
-from .checkpoint import exact_pattern
+from .checkpoint import exact_rank_pattern
 from .functional import PreparedUpdate, cast_factors
 from .layer import SalientLoRALayer
 
@@ -251,7 +251,9 @@ class SalientLoRATraining(AdaptiveRankTuner):
                 self._remove_pruned(name, optimizer, training=False)
             allocator.closed = True
             config = self.peft_config[name]
-            config.rank_pattern = self._rank_pattern(name)
+            kept = (int(mask.sum()) for mask in allocator.alive.split(allocator.sizes))
+            ranks = dict(zip(self.adapter_layers(name), kept, strict=True))
+            config.rank_pattern = exact_rank_pattern(ranks, config.init_r)
             config.allocation_state = None
 
     def _finish_early(self, name: str, allocator: RankAllocator) -> None:
@@ -307,13 +309,6 @@ class SalientLoRATraining(AdaptiveRankTuner):
             ranks = [layer.salientlora_r[adapter_name] for layer in self.adapter_layers(adapter_name).values()]
             self._restore(adapter_name, ranks, state)
             self._prune(adapter_name, self._allocators[adapter_name].alive)
-
-    def _rank_pattern(self, adapter_name: str) -> dict[str, int]:
-        allocator = self.allocator(adapter_name)
-        kept = [int(mask.sum()) for mask in allocator.alive.split(allocator.sizes)]
-        initial = self.peft_config[adapter_name].init_r
-        names = self.adapter_layers(adapter_name)
-        return {exact_pattern(name): r for name, r in zip(names, kept, strict=True) if r != initial}
 
     def _never_allocated(self, adapter_name: str) -> str | None:
         """What to tell of an allocation that was configured and never ran; None if there is nothing to tell."""
