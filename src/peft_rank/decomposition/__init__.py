@@ -5,20 +5,9 @@ import torch
 from torch import Tensor
 
 from .iterative import minimise
+from .metric import ITERATIVE, STATISTIC, check_alpha, check_method, make_metric, split, working_statistic
 from .svd import Factors, balanced, check_rank, check_weight, plain_arithmetic, working_copy
-from .weighted import (
-    ITERATIVE,
-    STATISTIC,
-    WeightedSVD,
-    check_alpha,
-    check_method,
-    make_metric,
-    split,
-    weighted_error,
-    weighted_spectrum,
-    weighted_svd,
-    working_statistic,
-)
+from .weighted import WeightedSVD, weighted_error, weighted_spectrum, weighted_svd
 
 
 __all__ = [
@@ -91,7 +80,8 @@ def decompose(
         statistic = working_statistic(method, weight, input_scale, input_gram, weight_importance, dtype)
         work = working_copy(weight, weight, dtype)
         # entries of size 1, so that squares of very small and very large weights neither vanish nor overflow
-        peak = work.abs().amax().clamp(min=torch.finfo(work.dtype).tiny)
+        peak = work.abs().amax()
+        peak = torch.where(peak > 0, peak, torch.ones_like(peak))
         work = work / peak
         if method in ITERATIVE:
             highest = statistic.amax()

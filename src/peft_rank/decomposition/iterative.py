@@ -25,8 +25,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .metric import Metric, make_metric, split
 from .svd import Factors, thin_svd
-from .weighted import Metric, make_metric, split
 
 
 RELATIVE_TOLERANCE = 1e-8

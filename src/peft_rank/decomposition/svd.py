@@ -1,7 +1,7 @@
 # Copyright 2026 The peft_rank authors. Licensed under the Apache License, Version 2.0.
 """Singular value decompositions that hold on every device, and what all decompositions share: factors and arithmetic.
 
-Knows matrices only; what makes one entry matter more than another is `weighted.py`'s.
+Knows matrices only; what makes one entry matter more than another is `metric.py`'s.
 
 Differences from the released code of this family: it calls `torch.svd_lowrank(q=full rank)`, a randomized method that
 is slower than the exact decomposition when nothing is left out, and gives other factors at each call. Here the
@@ -105,7 +105,7 @@ def thin_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
     On CUDA the driver `gesvda` is several times faster than the others for the shapes of a transformer, but loses
     orthogonality where singular values vanish: its answer is checked, and the default driver steps in. Elsewhere there
-    is no driver to choose. What does not converge is tried once more, transposed and in float64.
+    is no driver to choose. What does not converge is tried once more, transposed, in float64, on the CPU.
 
     Args:
         matrix (`Tensor`): Shape (m, n), float32 or float64, entries of moderate size.
@@ -127,8 +127,8 @@ def thin_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     try:
         return torch.linalg.svd(matrix, full_matrices=False)
     except torch.linalg.LinAlgError:
-        right, values, left = torch.linalg.svd(matrix.mT.double(), full_matrices=False)
-        return left.mT.to(matrix.dtype), values.to(matrix.dtype), right.mT.to(matrix.dtype)
+        right, values, left = torch.linalg.svd(matrix.mT.double().cpu(), full_matrices=False)
+        return left.mT.to(matrix), values.to(matrix), right.mT.to(matrix)
 
 
 def _fast_svd(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
@@ -154,6 +154,21 @@ def singular_values(matrix: Tensor) -> Tensor:
         return torch.linalg.svdvals(matrix)
     except torch.linalg.LinAlgError:
         return thin_svd(matrix)[1]
+
+
+def symmetric_eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
+    """Eigenvalues (n,), not decreasing, and eigenvectors (n, n) of a symmetric matrix (n, n).
+
+    What does not converge, as on CUDA where many eigenvalues coincide, is tried once more in float64 on the CPU.
+
+    Raises:
+        torch.linalg.LinAlgError: If the second attempt does not converge either.
+    """
+    try:
+        return tuple(torch.linalg.eigh(matrix))
+    except torch.linalg.LinAlgError:
+        values, vectors = torch.linalg.eigh(matrix.double().cpu())
+        return values.to(matrix), vectors.to(matrix)
 
 
 def balanced(up: Tensor, down: Tensor) -> Factors:

@@ -1,64 +1,16 @@
 # Copyright 2026 The peft_rank authors. Licensed under the Apache License, Version 2.0.
-"""Decompositions with a closed form: truncated SVD in a metric || R (W - W') C ||_F made of calibration statistics.
+"""What a weight is worth rank by rank: decomposition, spectrum and error in the metric of a method.
 
-Knows neither models nor how the statistics were collected. With W of shape (out, in), as `nn.Linear` stores it:
-
-| method | R, a diagonal | C |
-|---|---|---|
-| svd | - | - |
-| activation | - | diagonal: (mean absolute input)^alpha, ASVD, https://huggingface.co/papers/2312.05821 |
-| fisher | - | diagonal: (Fisher averaged over out)^alpha, FWSVD, https://huggingface.co/papers/2207.00112 |
-| importance | - | the same of E[(w dL/dw)^2], IWSVD in Adaptive Rank Selections, NAACL 2024, appendix D |
-| fisher_two_sided | (Fisher averaged over in)^alpha | as fisher |
-| whitening | - | any C with C C^T = input Gram matrix: the output error; SVD-LLM, https://huggingface.co/papers/2403.07378 |
-
-FWSVD and ARS write Y = X W: their rows are the columns here.
-
-With R W C = U S V^T the best W' of rank k in this metric is R^-1 U_k U_k^T R W. Written like this C is never inverted,
-so that dead inputs and Gram matrices from fewer tokens than features need no special care. A damping at the level of
-rounding, relative to the mean (diagonals) or the largest (Gram) entry, does two things: it makes R invertible, and it
-spends ranks that the metric has no opinion about on what is left of the weight.
-
-Differences from the released code: damping is relative and out of place (there: 1e-6 or 1e-5 added whatever the units,
-in place in ARS, so that statistics drift from call to call; none in older FWSVD, which then gives NaN); no Cholesky
-factorization, which fails for singular Gram matrices; Fisher is averaged rather than summed over rows, which leaves the
-factors as they are and makes the losses of modules of different height comparable; the bias stays with the caller.
+Budgets across modules, learned or not, choose ranks with these; `metric.py` has the formulas and their sources.
 """
 
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .svd import (
-    Factors,
-    check_finite,
-    check_rank,
-    check_weight,
-    plain_arithmetic,
-    product,
-    singular_values,
-    thin_svd,
-    working_copy,
-)
-
-
-STATISTIC: dict[str, str | None] = {
-    "svd": None,
-    "activation": "input_scale",
-    "fisher": "weight_importance",
-    "fisher_two_sided": "weight_importance",
-    "importance": "weight_importance",
-    "whitening": "input_gram",
-    "em": "weight_importance",
-    "nesterov": "weight_importance",
-    "anderson": "weight_importance",
-}
-"""The statistic that each method weighs by, by its name in `decompose`."""
-
-ITERATIVE = ("em", "nesterov", "anderson")
-"""Methods that weigh every entry by itself, and hence have no closed form."""
+from .metric import ITERATIVE, STATISTIC, check_alpha, check_method, make_metric, split, working_statistic
+from .svd import Factors, check_rank, check_weight, plain_arithmetic, singular_values, working_copy
 
 
 class WeightedSVD(NamedTuple):
@@ -73,150 +25,6 @@ class WeightedSVD(NamedTuple):
     up: Tensor
     down: Tensor
     values: Tensor
-
-
-@dataclass(frozen=True)
-class Metric:
-    """unit * || rows * (W - W') @ columns ||_F; None stands for the identity."""
-
-    rows: Tensor | None = None  # (out, 1), the diagonal of R
-    columns: Tensor | None = None  # (in,), the diagonal of C, or (in, in)
-    unit: float = 1.0  # the size of the statistics, kept apart so that small ones do not underflow
-
-    def apply(self, weight: Tensor) -> Tensor:
-        weight = weight if self.rows is None else self.rows * weight
-        if self.columns is None:
-            return weight
-        return weight * self.columns if self.columns.dim() == 1 else product(weight, self.columns)
-
-
-def check_method(method: str) -> None:
-    """Refuses what is not a method.
-
-    Raises:
-        ValueError: If the name is unknown.
-    """
-    if method not in STATISTIC:
-        raise ValueError(f"`method` must be one of {', '.join(STATISTIC)}, got {method!r}.")
-
-
-def check_alpha(alpha: float) -> None:
-    """Refuses negative and non-finite powers.
-
-    Raises:
-        ValueError: If it is one.
-    """
-    if not 0 <= alpha < float("inf"):
-        raise ValueError(
-            f"`alpha` must be at least 0 and finite, got {alpha}. 0 ignores the statistic, 0.5 is the usual."
-        )
-
-
-def working_statistic(
-    method: str,
-    weight: Tensor,
-    input_scale: Tensor | None,
-    input_gram: Tensor | None,
-    weight_importance: Tensor | None,
-    dtype: torch.dtype | None,
-) -> Tensor | None:
-    """The statistic that the method needs, checked, as a working copy.
-
-    Raises:
-        ValueError: If it is missing, of the wrong shape, not finite or negative where it cannot be.
-    """
-    name = STATISTIC[method]
-    if name is None:
-        return None
-    out_features, in_features = weight.shape
-    given, shape = {
-        "input_scale": (input_scale, (in_features,)),
-        "input_gram": (input_gram, (in_features, in_features)),
-        "weight_importance": (weight_importance, (out_features, in_features)),
-    }[name]
-    if given is None:
-        raise ValueError(
-            f"`{name}` of shape {shape} is needed by method {method!r}, got None. Collect it with "
-            "`peft_rank.calibrate(model, batches, config=config)`."
-        )
-    if given.shape != shape:
-        raise ValueError(
-            f"`{name}` must be of shape {shape} for a weight of shape {tuple(weight.shape)} (out, in), got "
-            f"{tuple(given.shape)}. A Conv1D stores (in, out): transpose its weight and importance."
-        )
-    statistic = working_copy(given, weight, dtype)
-    check_finite(name, statistic, "calibrate again without float16 and without NaN in the batches.")
-    lowest = statistic.diagonal() if name == "input_gram" else statistic
-    if bool((lowest < 0).any()):
-        raise ValueError(
-            f"`{name}` must not be negative{' on its diagonal' if name == 'input_gram' else ''}, got "
-            f"{float(lowest.amin()):.3g}: it is a mean of {'magnitudes' if name == 'input_scale' else 'squares'}."
-        )
-    return statistic
-
-
-def _spread(statistic: Tensor, alpha: float, damped: bool) -> Tensor:
-    """Diagonal of a metric from values in [0, 1]: their power alpha, or that with the damping."""
-    scale = statistic**alpha
-    if not damped:
-        return scale
-    squares = scale.square()
-    return (squares + torch.finfo(scale.dtype).eps * squares.mean()).sqrt()
-
-
-def _gram_root(gram: Tensor, damped: bool) -> Tensor:
-    """C (in, in) with C C^T = gram, whose entries are of size 1."""
-    skew = float((gram - gram.mT).abs().amax())
-    if skew > 1e-2:
-        raise ValueError(
-            f"`input_gram` must be symmetric, got entries that differ by {skew:.2g} of the largest from their mirror "
-            "image: pass the sum of x x^T over the tokens."
-        )
-    values, vectors = torch.linalg.eigh((gram + gram.mT) / 2)
-    values = values.clamp(min=0)  # what rounding left below
-    if damped:
-        values = values + torch.finfo(gram.dtype).eps * values.amax()
-    return vectors * values.sqrt()
-
-
-def make_metric(method: str, statistic: Tensor | None, alpha: float, *, damped: bool) -> Metric:
-    """The metric of a method.
-
-    Args:
-        method (`str`): One of the closed forms.
-        statistic (`Tensor`, *optional*): What `working_statistic` returns.
-        alpha (`float`): Power of the statistic; no part in whitening.
-        damped (`bool`): With the damping, for factors; without, for losses.
-
-    Returns:
-        `Metric`: With unit 0 if the statistic is zero altogether: then every approximation is without loss, and plain
-        SVD as good as any.
-    """
-    if statistic is None:
-        return Metric()
-    peak = float(statistic.abs().amax())
-    if peak == 0:
-        return Metric(unit=0.0)
-    statistic = statistic / peak
-    if method == "whitening":
-        return Metric(columns=_gram_root(statistic, damped), unit=peak**0.5)
-    if method == "activation":
-        return Metric(columns=_spread(statistic, alpha, damped), unit=peak**alpha)
-    columns = _spread(statistic.mean(dim=0), alpha, damped)
-    if method != "fisher_two_sided":
-        return Metric(columns=columns, unit=peak**alpha)
-    rows = _spread(statistic.mean(dim=1), alpha, damped).unsqueeze(1)
-    # means of rows times means of columns are the statistic times its mean where it has rank one
-    return Metric(rows, columns, unit=(peak / float(statistic.mean())) ** alpha)
-
-
-def split(weight: Tensor, metric: Metric, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Best factors in a metric: `up` (out, rank), `down` (rank, in), and the singular values (rank,) without unit."""
-    left, values, _ = thin_svd(metric.apply(weight))
-    left = left[:, :rank]
-    if metric.rows is None:
-        return left, product(left.mT, weight), values[:rank]
-    return left / metric.rows, product(left.mT, metric.rows * weight), values[:rank]
 
 
 def weighted_svd(
@@ -257,7 +65,8 @@ def weighted_svd(
         statistic = working_statistic(method, weight, input_scale, input_gram, weight_importance, dtype)
         metric = make_metric(method, statistic, alpha, damped=True)
         work = working_copy(weight, weight, dtype)
-        peak = work.abs().amax().clamp(min=torch.finfo(work.dtype).tiny)
+        peak = work.abs().amax()
+        peak = torch.where(peak > 0, peak, torch.ones_like(peak))
         up, down, values = split(work / peak, metric, rank)
         return WeightedSVD(up, down * peak, values * (peak * metric.unit))
 
@@ -345,9 +154,7 @@ def weighted_error(
     with plain_arithmetic(weight.device):
         work, up, down = (working_copy(tensor, weight, torch.float64) for tensor in (weight, up, down))
         difference = work - up @ down
-        statistic = working_statistic(
-            method, weight, input_scale, input_gram, weight_importance, torch.float64
-        )  # None for plain SVD
+        statistic = working_statistic(method, weight, input_scale, input_gram, weight_importance, torch.float64)
         if method in ITERATIVE:
             return (statistic * difference.square()).sum()
         if method == "whitening":
