@@ -1,7 +1,7 @@
 # Copyright 2026 The peft_rank authors. Licensed under the Apache License, Version 2.0.
 """Writes docs/benchmarks.md from the files in benchmarks/results.
 
-    python benchmarks/tables.py
+python benchmarks/tables.py
 """
 
 from __future__ import annotations
@@ -58,7 +58,10 @@ def decisions(result: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    parts = ["# Benchmarks\n", "Made by `benchmarks/tables.py` from the files in `benchmarks/results`; see its README.\n"]
+    parts = [
+        "# Benchmarks\n",
+        "Made by `benchmarks/tables.py` from the files in `benchmarks/results`; see its README.\n",
+    ]
     parts.append("## Training step\n\nLLaMA-7B shape, bfloat16, fused AdamW, SalientLoRA with everything on.\n")
     for name in ("training_step", "training_step_modes"):
         result = json.loads((RESULTS / f"{name}.json").read_text())
