@@ -191,3 +191,19 @@ def test_iterative_methods_have_the_spectrum_of_fisher() -> None:
     for method in ITERATIVE:
         spectrum = weighted_spectrum(weight, method, weight_importance=importance, alpha=0.9)
         assert torch.equal(spectrum, expected)
+
+
+@pytest.mark.parametrize("shape", [(40, 90), (90, 40), (60, 60)])
+def test_whitening_survives_channels_of_extreme_size(shape: tuple[int, int]) -> None:
+    """A channel thousands of times larger than the rest, as transformers have, must not drown it in float32."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(shape, generator=generator)
+    inputs = torch.randn(500, shape[1], generator=generator) * torch.logspace(0.5, -2, shape[1])
+    inputs[:, 3] *= 2000
+    gram = inputs.T @ inputs
+    best = torch.linalg.svdvals(weight.double() @ inputs.double().T)[10:].square().sum()
+    factors = decompose(weight.double(), 10, "whitening", input_gram=gram, dtype=torch.float32)
+    reached = ((weight.double() - factors.up @ factors.down) @ inputs.double().T).square().sum()
+    torch.testing.assert_close(reached, best, rtol=1e-4, atol=0)
+    tail = weighted_spectrum(weight, "whitening", input_gram=gram)[10:].square().sum()
+    torch.testing.assert_close(tail, best, rtol=1e-4, atol=0)

@@ -88,7 +88,8 @@ def decompose(
             importance = torch.where(highest > 0, statistic / highest, torch.ones_like(statistic))
             up, down = minimise(work, importance, rank, method, max_iterations)
         else:
-            up, down, _ = split(work, make_metric(method, statistic, alpha, damped=True), rank)
+            metric = make_metric(method, statistic, alpha, damping=torch.finfo(work.dtype).eps)
+            up, down, _ = split(work, metric, rank)
         up, down = balanced(up, down)
         root = peak.sqrt()
         return Factors(*((factor * root).to(weight.device, weight.dtype).contiguous() for factor in (up, down)))

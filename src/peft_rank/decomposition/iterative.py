@@ -73,7 +73,7 @@ class Problem:
     def start(self) -> Iterate:
         """The better of SVD and FWSVD."""
         guesses = []
-        for metric in (Metric(), make_metric("fisher", self.importance, 0.5, damped=True)):
+        for metric in (Metric(), make_metric("fisher", self.importance, 0.5, torch.finfo(self.weight.dtype).eps)):
             up, down, _ = split(self.weight, metric, self.rank)
             guesses.append(self.iterate(Factors(up, down)))
         return min(guesses, key=lambda guess: guess.loss)

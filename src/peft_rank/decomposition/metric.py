@@ -1,5 +1,5 @@
 # Copyright 2026 The peft_rank authors. Licensed under the Apache License, Version 2.0.
-"""The metrics of the decompositions with a closed form: truncated SVD under || R (W - W') C ||_F made of calibration statistics.
+"""The metrics || R (W - W') C ||_F of the decompositions with a closed form, made of calibration statistics.
 
 Knows neither models nor how the statistics were collected. With W of shape (out, in), as `nn.Linear` stores it:
 
@@ -16,9 +16,14 @@ FWSVD and ARS write Y = X W: their rows are the columns here.
 
 With R W C = U S V^T the best W' of rank k in this metric is R^-1 U_k U_k^T R W. Written like this C is never inverted,
 so that dead inputs and Gram matrices from fewer tokens than features need no special care. A damping at the level of
-rounding, relative to the mean (diagonals) or the largest (Gram) entry, does two things: it makes R invertible, and it
-spends ranks that the metric has no opinion about on what is left of the weight. The two-sided form extrapolates rows
-and columns of no importance from the others, and is unbounded there; the others never exceed the weight.
+rounding, relative to the mean (diagonals) or to each feature (Gram), makes R invertible, and spends ranks that the
+metric has no opinion about on what is left of the weight. The two-sided form extrapolates rows and columns of no
+importance from the others, and is unbounded there; the others never exceed the weight.
+
+Gram matrices are decomposed in float64: a few channels of transformers are a thousand times larger than the others,
+squared a million times, and float32 would lose the others beside them. Where float32 is enough, U and S come from the
+smaller of W G W^T and C^T W^T W C, which spares the SVD: their float64 digits, halved by the square root, are those of
+float32.
 
 Differences from the released code: damping is relative and out of place (there: 1e-6 or 1e-5 added whatever the units,
 in place in ARS, so that statistics drift from call to call; none in older FWSVD, which then gives NaN); no Cholesky
@@ -31,7 +36,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .svd import check_finite, product, symmetric_eigen, thin_svd, working_copy
+from .svd import check_finite, product, singular_values, symmetric_eigen, thin_svd, working_copy
 
 
 STATISTIC: dict[str, str | None] = {
@@ -50,20 +55,55 @@ STATISTIC: dict[str, str | None] = {
 ITERATIVE = ("em", "nesterov", "anderson")
 """Methods that weigh every entry by itself, and hence have no closed form."""
 
+_DEAD = 1e-4  # energy, relative to the mean, that damping gives to a feature that never fires
+
 
 @dataclass(frozen=True)
 class Metric:
     """unit * || rows * (W - W') @ columns ||_F; None stands for the identity."""
 
     rows: Tensor | None = None  # (out, 1), the diagonal of R
-    columns: Tensor | None = None  # (in,), the diagonal of C, or (in, in)
+    columns: Tensor | None = None  # (in,), the diagonal of C
+    gram: Tensor | None = None  # (in, in), float64, C C^T where C is no diagonal
+    floor: float = 0.0  # least eigenvalue of the Gram matrix: rounding in the sum over tokens can leave negative ones
     unit: float = 1.0  # the size of the statistics, kept apart so that small ones do not underflow
 
     def apply(self, weight: Tensor) -> Tensor:
+        """R W C, or another matrix of the same left vectors and singular values."""
         weight = weight if self.rows is None else self.rows * weight
-        if self.columns is None:
-            return weight
-        return weight * self.columns if self.columns.dim() == 1 else product(weight, self.columns)
+        if self.gram is not None:
+            values, vectors = symmetric_eigen(self.gram)
+            return product(weight, (vectors * values.clamp(min=self.floor).sqrt()).to(weight.dtype))
+        return weight if self.columns is None else weight * self.columns
+
+    def left_vectors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """U (out, k) and S (k,) of R W C, k = min(out, in)."""
+        if self.gram is None or weight.dtype == torch.float64:
+            return thin_svd(self.apply(weight))[:2]
+        if weight.shape[0] <= weight.shape[1]:
+            values, vectors = self._output_eigen(weight)
+        else:
+            scaled = self.apply(weight.double())  # (out, in)
+            values, vectors = symmetric_eigen(scaled.mT @ scaled)
+            # what U S is, but orthonormal also where S is rounding
+            vectors = torch.linalg.qr(scaled @ vectors.flip(1)).Q.flip(1)
+        return vectors.flip(1).to(weight.dtype), values.flip(0).clamp(min=0).sqrt().to(weight.dtype)
+
+    def values(self, weight: Tensor) -> Tensor:
+        """S (k,) of R W C, float64."""
+        if self.gram is None or weight.dtype == torch.float64:
+            return singular_values(self.apply(weight)).double()
+        if weight.shape[0] <= weight.shape[1]:
+            values, _ = self._output_eigen(weight)
+        else:
+            scaled = self.apply(weight.double())
+            values, _ = symmetric_eigen(scaled.mT @ scaled)
+        return values.flip(0).clamp(min=0).sqrt()
+
+    def _output_eigen(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Eigenvalues and eigenvectors, in float64, of the Gram matrix of the outputs (out, out)."""
+        weight = weight.double()
+        return symmetric_eigen(weight @ self.gram @ weight.mT)
 
 
 def check_method(method: str) -> None:
@@ -120,7 +160,7 @@ def working_statistic(
             f"`{name}` must be of shape {shape} for a weight of shape {tuple(weight.shape)} (out, in), got "
             f"{tuple(given.shape)}. A Conv1D stores (in, out): transpose its weight and importance."
         )
-    statistic = working_copy(given, weight, dtype)
+    statistic = working_copy(given, weight, torch.float64 if name == "input_gram" else dtype)
     check_finite(name, statistic, "calibrate again without float16 and without NaN in the batches.")
     lowest = statistic.diagonal() if name == "input_gram" else statistic
     if bool((lowest < 0).any()):
@@ -131,38 +171,43 @@ def working_statistic(
     return statistic
 
 
-def _spread(statistic: Tensor, alpha: float, damped: bool) -> Tensor:
-    """Diagonal of a metric from values in [0, 1]: their power alpha, or that with the damping."""
+def _spread(statistic: Tensor, alpha: float, damping: float) -> Tensor:
+    """Diagonal of a metric: values in [0, 1] to the power alpha, with the damping added to its squares."""
     scale = statistic**alpha
-    if not damped:
+    if not damping:
         return scale
     squares = scale.square()
-    return (squares + torch.finfo(scale.dtype).eps * squares.mean()).sqrt()
+    return (squares + damping * squares.mean()).sqrt()
 
 
-def _gram_root(gram: Tensor, damped: bool) -> Tensor:
-    """C (in, in) with C C^T = gram, whose entries are of size 1."""
+def _damped_gram(gram: Tensor, damping: float) -> tuple[Tensor, float]:
+    """A Gram matrix with entries of size 1, symmetric to the last digit and damped, and its least eigenvalue.
+
+    The damping is relative to each feature, as the rounding of a sum over tokens is: relative to the mean it would
+    outweigh the small features beside a large one. A feature that is dead counts as a small one.
+    """
     skew = float((gram - gram.mT).abs().amax())
     if skew > 1e-2:
         raise ValueError(
             f"`input_gram` must be symmetric, got entries that differ by {skew:.2g} of the largest from their mirror "
             "image: pass the sum of x x^T over the tokens."
         )
-    values, vectors = symmetric_eigen((gram + gram.mT) / 2)
-    values = values.clamp(min=0)  # what rounding left below
-    if damped:
-        values = values + torch.finfo(gram.dtype).eps * values.amax()
-    return vectors * values.sqrt()
+    gram = (gram + gram.mT) / 2
+    least = _DEAD * float(gram.diagonal().mean())
+    damping *= len(gram) ** 0.5
+    gram.diagonal().add_(damping * gram.diagonal().clamp(min=least))
+    return gram, damping * least
 
 
-def make_metric(method: str, statistic: Tensor | None, alpha: float, *, damped: bool) -> Metric:
+def make_metric(method: str, statistic: Tensor | None, alpha: float, damping: float = 0.0) -> Metric:
     """The metric of a method.
 
     Args:
         method (`str`): One of the closed forms.
         statistic (`Tensor`, *optional*): What `working_statistic` returns.
         alpha (`float`): Power of the statistic; no part in whitening.
-        damped (`bool`): With the damping, for factors; without, for losses.
+        damping (`float`, *optional*, defaults to 0.0): Relative; the rounding of the working dtype for factors, none
+            for losses.
 
     Returns:
         `Metric`: With unit 0 if the statistic is zero altogether: then every approximation is without loss, and plain
@@ -175,20 +220,21 @@ def make_metric(method: str, statistic: Tensor | None, alpha: float, *, damped: 
         return Metric(unit=0.0)
     statistic = statistic / peak
     if method == "whitening":
-        return Metric(columns=_gram_root(statistic, damped), unit=peak**0.5)
+        gram, floor = _damped_gram(statistic, damping)
+        return Metric(gram=gram, floor=floor, unit=peak**0.5)
     if method == "activation":
-        return Metric(columns=_spread(statistic, alpha, damped), unit=peak**alpha)
-    columns = _spread(statistic.mean(dim=0), alpha, damped)
+        return Metric(columns=_spread(statistic, alpha, damping), unit=peak**alpha)
+    columns = _spread(statistic.mean(dim=0), alpha, damping)
     if method != "fisher_two_sided":
         return Metric(columns=columns, unit=peak**alpha)
-    rows = _spread(statistic.mean(dim=1), alpha, damped).unsqueeze(1)
+    rows = _spread(statistic.mean(dim=1), alpha, damping).unsqueeze(1)
     # means of rows times means of columns are the statistic times its mean where it has rank one
     return Metric(rows, columns, unit=(peak / float(statistic.mean())) ** alpha)
 
 
 def split(weight: Tensor, metric: Metric, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """Best factors in a metric: `up` (out, rank), `down` (rank, in), and the singular values (rank,) without unit."""
-    left, values, _ = thin_svd(metric.apply(weight))
+    left, values = metric.left_vectors(weight)
     left = left[:, :rank]
     if metric.rows is None:
         return left, product(left.mT, weight), values[:rank]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .metric import ITERATIVE, STATISTIC, check_alpha, check_method, make_metric, split, working_statistic
-from .svd import Factors, check_rank, check_weight, plain_arithmetic, singular_values, working_copy
+from .svd import Factors, check_rank, check_weight, plain_arithmetic, working_copy
 
 
 class WeightedSVD(NamedTuple):
@@ -63,8 +63,8 @@ def weighted_svd(
     rank = min(weight.shape) if rank is None else check_rank(rank, weight)
     with plain_arithmetic(weight.device):
         statistic = working_statistic(method, weight, input_scale, input_gram, weight_importance, dtype)
-        metric = make_metric(method, statistic, alpha, damped=True)
         work = working_copy(weight, weight, dtype)
+        metric = make_metric(method, statistic, alpha, damping=torch.finfo(work.dtype).eps)
         peak = work.abs().amax()
         peak = torch.where(peak > 0, peak, torch.ones_like(peak))
         up, down, values = split(work / peak, metric, rank)
@@ -106,12 +106,12 @@ def weighted_spectrum(
         method, alpha = "fisher", 0.5
     with plain_arithmetic(weight.device):
         statistic = working_statistic(method, weight, input_scale, input_gram, weight_importance, dtype)
-        metric = make_metric(method, statistic, alpha, damped=False)
+        metric = make_metric(method, statistic, alpha)
         work = working_copy(weight, weight, dtype)
         peak = float(work.abs().amax())
         if peak == 0:
             return work.new_zeros(min(work.shape), dtype=torch.float64)
-        return singular_values(metric.apply(work / peak)).double() * (peak * metric.unit)
+        return metric.values(work / peak) * (peak * metric.unit)
 
 
 def weighted_error(
@@ -159,5 +159,5 @@ def weighted_error(
             return (statistic * difference.square()).sum()
         if method == "whitening":
             return ((difference @ statistic) * difference).sum().clamp(min=0)
-        metric = make_metric(method, statistic, alpha, damped=False)
+        metric = make_metric(method, statistic, alpha)
         return metric.apply(difference).square().sum() * metric.unit**2
