@@ -53,7 +53,7 @@ def decompose(
               `weight_importance` of rank one.
             - `"whitening"`: the output on the inputs that `input_gram` sums over (the optimum of SVD-LLM).
             - `"em"`, `"nesterov"`, `"anderson"`: with every entry weighted by its `weight_importance`, iteratively.
-              Never worse in that than both SVD and FWSVD.
+              Never worse in that than either SVD or FWSVD.
         input_scale (`Tensor`, *optional*): Shape (in,), mean absolute input.
         input_gram (`Tensor`, *optional*): Shape (in, in), sum or mean of x x^T over tokens; may be singular.
         weight_importance (`Tensor`, *optional*): Shape (out, in), squared gradients or another importance, at least 0.
