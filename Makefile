@@ -15,7 +15,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test quality style bench docs dist clean
+.PHONY: demo test quality style bench dist clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -31,12 +31,10 @@ style: $(VENV)/.test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.test  # every benchmark of this folder; the README says which of them need a GPU
-	@for script in $(filter-out benchmarks/_%,$(wildcard benchmarks/*.py)); do \
-		echo "== $$script"; $(BIN)/python $$script $(ARGS) || exit 1; done
-
-docs: $(VENV)/.docs
-	$(BIN)/mkdocs build --strict
+bench: $(VENV)/.test  # for a GPU; the study of quality takes its own arguments, see benchmarks/README.md
+	$(BIN)/python benchmarks/decision.py
+	$(BIN)/python benchmarks/training_step.py $(ARGS)
+	$(BIN)/python benchmarks/tables.py
 
 dist: $(VENV)/.test
 	$(BIN)/python -m build

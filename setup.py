@@ -30,12 +30,13 @@ EXAMPLES = [
     "protobuf",
 ]
 DEEPSPEED = ["deepspeed>=0.17; sys_platform == 'linux'"]
+QUANTIZED = ["bitsandbytes>=0.46"]
 TRACKING = ["tensorboard", "trackio"]
 PLOT = ["matplotlib"]
 EXTRAS = {
     "examples": EXAMPLES,
     "deepspeed": DEEPSPEED,
-    "quantized": ["bitsandbytes>=0.45"],
+    "quantized": QUANTIZED,
     "tracking": TRACKING,
     "plot": PLOT,
     "eval": ["lm-eval>=0.4.13"],
@@ -49,6 +50,7 @@ EXTRAS = {
         "scipy",
         *EXAMPLES,
         *DEEPSPEED,
+        *QUANTIZED,
         *TRACKING,
         *PLOT,
     ],
