@@ -66,6 +66,18 @@ def test_it_can_be_pasted_into_a_lora_config(pruned: PeftModel) -> None:
     assert {name: layer.r["default"] for name, layer in found.items()} == {n: r for n, r in ranks.items() if r}
 
 
+def test_keys_are_the_same_whatever_wraps_the_model(tmp_path: Path) -> None:
+    model = adapted(LLAMA)
+    ranks = get_rank_pattern(model)
+    for outer in (model.base_model, torch.compile(model), torch.compile(model.base_model), torch.nn.Sequential(model)):
+        assert get_rank_pattern(outer) == ranks
+    with pytest.warns(UserWarning, match="never ran"):
+        model.save_pretrained(tmp_path)
+    plain = LLAMA.make_model()
+    plain.load_adapter(str(tmp_path))
+    assert get_rank_pattern(torch.compile(plain)) == ranks
+
+
 def test_a_name_does_not_match_longer_paths() -> None:
     """`^` matters: a module called `0` is also the end of the path `block.0`."""
     inner = torch.nn.Sequential(torch.nn.Linear(4, 4))

@@ -5,6 +5,8 @@ from __future__ import annotations
 
 from typing import Literal, overload
 
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from .tuners.salientlora.checkpoint import exact_pattern, plain_name
@@ -56,6 +58,16 @@ def get_rank_pattern(
     return {exact_pattern(name): r for name, r in ranks.items() if r}, [name for name, r in ranks.items() if not r]
 
 
+def bare_model(model: nn.Module) -> nn.Module:
+    """The model that names its modules as PEFT does: inside of engines and compilers, outside of tuners."""
+    for module in model.modules():
+        if isinstance(module, PeftModel):
+            return module
+        if isinstance(module, BaseTuner):
+            return module.model
+    return getattr(model, "_orig_mod", model)
+
+
 def adapter_layers(model: nn.Module, adapter_name: str | None = None) -> tuple[str, dict[str, SalientLoRALayer]]:
     """
     The layers that hold an adapter.
@@ -70,7 +82,8 @@ def adapter_layers(model: nn.Module, adapter_name: str | None = None) -> tuple[s
     Raises:
         TypeError: If the model has no such adapter.
     """
-    layers = {plain_name(name): m for name, m in model.named_modules() if isinstance(m, SalientLoRALayer)}
+    modules = bare_model(model).named_modules()
+    layers = {plain_name(name): module for name, module in modules if isinstance(module, SalientLoRALayer)}
     if not layers:
         raise TypeError(
             f"{type(model).__name__} has no adapter of peft_rank. Pass what `get_peft_model` or "

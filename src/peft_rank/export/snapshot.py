@@ -13,11 +13,10 @@ from typing import Any
 import safetensors.torch
 import torch
 from peft import PeftModel, get_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
 from torch import nn
 
-from peft_rank.ranks import adapter_layers
+from peft_rank.ranks import adapter_layers, bare_model
 from peft_rank.tuners.salientlora import SalientLoRAConfig, SalientLoRALayer
 from peft_rank.tuners.salientlora.checkpoint import PEFT_PREFIX, plain_name
 
@@ -91,13 +90,6 @@ class AdapterSnapshot:
         )
 
 
-def _bare(model: nn.Module) -> nn.Module:
-    """The model that names its modules as PEFT does: inside of engines and compilers, outside of tuners."""
-    if isinstance(model, BaseTuner):
-        return model.model
-    return next((module for module in model.modules() if isinstance(module, PeftModel)), model)
-
-
 def read_model(model: nn.Module, adapter_name: str | None = None) -> AdapterSnapshot:
     """
     The adapter in a model.
@@ -111,7 +103,7 @@ def read_model(model: nn.Module, adapter_name: str | None = None) -> AdapterSnap
         ValueError: If the adapter is merged.
         RuntimeError: If its parameters are sharded over processes.
     """
-    model = _bare(model)
+    model = bare_model(model)
     adapter_name, layers = adapter_layers(model, adapter_name)
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
         raise ValueError(
@@ -203,7 +195,7 @@ def summarize_model(model: nn.Module, adapter_name: str) -> AdapterSummary:
     Raises:
         TypeError: If the model has no such adapter.
     """
-    model = _bare(model)
+    model = bare_model(model)
     adapter_name, layers = adapter_layers(model, adapter_name)
     ranks = {name: layer.rank(adapter_name) for name, layer in layers.items()}
     parameters = sum(ranks[name] * (layer.in_features + 1 + layer.out_features) for name, layer in layers.items())
