@@ -87,6 +87,21 @@ def test_a_name_does_not_match_longer_paths() -> None:
     assert ranks == {"0": 1, "1.0": 3}
 
 
+def test_excluded_names_do_not_match_longer_paths() -> None:
+    def make_model() -> torch.nn.Module:
+        inner = torch.nn.ModuleDict({"lin": torch.nn.Linear(4, 4)})
+        return torch.nn.ModuleDict({"lin": torch.nn.Linear(4, 4), "sub": inner})
+
+    settings = config(LLAMA, target_modules=["lin"], task_type=None, rank_pattern={"^lin": 0, r"^sub\.lin": 4})
+    searched = get_peft_model(make_model(), settings)
+    assert get_rank_pattern(searched) == {"lin": 0, "sub.lin": 4}
+    rank_pattern, exclude_modules = get_rank_pattern(searched, for_lora=True)
+    lora = LoraConfig(rank_pattern=rank_pattern, exclude_modules=exclude_modules, target_modules=["lin"])
+    model = get_peft_model(make_model(), lora)
+    found = {name: module.r for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    assert found == {"base_model.model.sub.lin": {"default": 4}}
+
+
 def test_the_adapter_can_be_chosen() -> None:
     model = adapted(LLAMA, target_modules=["q_proj"])
     model.add_adapter("wide", config(LLAMA, target_modules=["v_proj"], init_r=7))

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Collection, Iterable
 from typing import Literal, overload
 
 from peft import PeftModel
@@ -22,12 +24,12 @@ def get_rank_pattern(
 @overload
 def get_rank_pattern(
     model: nn.Module, *, for_lora: Literal[True], adapter_name: str | None = None
-) -> tuple[dict[str, int], list[str]]: ...
+) -> tuple[dict[str, int], list[str] | str]: ...
 
 
 def get_rank_pattern(
     model: nn.Module, *, for_lora: bool = False, adapter_name: str | None = None
-) -> dict[str, int] | tuple[dict[str, int], list[str]]:
+) -> dict[str, int] | tuple[dict[str, int], list[str] | str]:
     """
     The rank of every adapted module.
 
@@ -39,7 +41,7 @@ def get_rank_pattern(
     Returns:
         `dict[str, int]`: Module name in the base model -> rank; 0 for modules that have no rank left. With
         `for_lora=True` instead `(rank_pattern, exclude_modules)`: `LoraConfig` refuses rank 0, so these modules are
-        excluded.
+        excluded, by a list of their names or, where a name would exclude others too, by a regular expression.
 
     Raises:
         TypeError: If the model has no such adapter.
@@ -55,7 +57,21 @@ def get_rank_pattern(
     ranks = {name: layer.rank(adapter_name) for name, layer in layers.items()}
     if not for_lora:
         return ranks
-    return {exact_pattern(name): r for name, r in ranks.items() if r}, [name for name, r in ranks.items() if not r]
+    kept = {name: r for name, r in ranks.items() if r}
+    dropped = [name for name, r in ranks.items() if not r]
+    return {exact_pattern(name): r for name, r in kept.items()}, exact_modules(dropped, kept)
+
+
+def exact_modules(names: Iterable[str], others: Collection[str]) -> list[str] | str:
+    """
+    What selects these modules in PEFT and none of the others: their full names, which most readers understand, or, as a
+    name in a list also selects longer paths that end with it, a regular expression where there is such a path.
+    """
+    names = list(names)
+    endings = tuple(f".{name}" for name in names)
+    if any(other.endswith(endings) for other in others):
+        return "|".join(map(re.escape, names))
+    return names
 
 
 def bare_model(model: nn.Module) -> nn.Module:

@@ -8,10 +8,8 @@ Readers of LoRA disagree about the scale where ranks differ between modules. Her
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import warnings
-from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -21,6 +19,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import nn
 
+from peft_rank.ranks import exact_modules
 from peft_rank.tuners.salientlora.checkpoint import PEFT_PREFIX, exact_pattern
 
 from .card import CARD_NAME, START, lora_card
@@ -161,20 +160,8 @@ def _lora_config(snapshot: AdapterSnapshot, pad: bool) -> LoraConfig:
         inference_mode=True,
     )
     # the constructor makes a set of a list, whose order would change from file to file
-    lora.target_modules = _targets(ranks, snapshot.module_names)
+    lora.target_modules = exact_modules(sorted(ranks), snapshot.module_names)
     return lora
-
-
-def _targets(names: Iterable[str], module_names: frozenset[str]) -> list[str] | str:
-    """
-    What selects exactly these modules in PEFT: their full names, which most readers understand, or, as a name in a list
-    also selects longer paths that end with it, a regular expression where there is such a path.
-    """
-    names = sorted(names)
-    endings = tuple(f".{name}" for name in names)
-    if any(name.endswith(endings) for name in module_names):
-        return "|".join(map(re.escape, names))
-    return names
 
 
 @torch.no_grad()
