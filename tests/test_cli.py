@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 
 from peft_rank import export_lora, get_rank_pattern, rank_table
 from peft_rank.cli import main
@@ -67,6 +68,31 @@ def test_inspect_tells_a_running_allocation_from_one_that_never_ran(
         adapted(llama).save_pretrained(tmp_path / "never")
     assert main(["inspect", str(tmp_path / "never")]) == 0
     assert "never ran" in capsys.readouterr().out
+
+
+def test_inspect_a_checkpoint_of_the_warmup(llama: TinyModel, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    """The learning rate starts at 0, so that all of E are still 0 after the first step."""
+    model = adapted(llama)
+    model.base_model.resolve_schedule(20)
+    steps_by_hand(model, llama, 1, 1, torch.optim.SGD(model.parameters(), lr=0.0))
+    model.save_pretrained(tmp_path)
+    assert main(["inspect", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "in the middle of the allocation" in out
+    assert str(rank_grid(dict(sorted(get_rank_pattern(model).items())))) in out
+
+
+def test_inspect_a_checkpoint_with_pruned_ranks(
+    llama: TinyModel, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    model = adapted(llama)
+    model.base_model.resolve_schedule(20)
+    steps_by_hand(model, llama, 1, 10, adam(model), shrink=False)
+    model.save_pretrained(tmp_path)
+    assert main(["inspect", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    assert "in the middle of the allocation" in out
+    assert str(rank_grid(dict(sorted(get_rank_pattern(model).items())))) in out
 
 
 def test_inspect_works_without_the_base_model(llama: TinyModel, tmp_path: Path) -> None:
@@ -131,12 +157,19 @@ def test_errors_are_one_line_and_code_2(
     (tmp_path / "empty").mkdir()
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "adapter_config.json").write_text("{")
+    make(llama, tmp_path / "unfinished", steps=8)
+    cut = tmp_path / "unfinished" / "adapter"
+    tensors = load_file(cut / "adapter_model.safetensors")
+    tensors = {key: value[:-9] if key.endswith("_state") else value for key, value in tensors.items()}
+    save_file(tensors, cut / "adapter_model.safetensors")
+    capsys.readouterr()
     adapter = str(llama_files / "adapter")
     for arguments, message in [
         (["inspect", str(tmp_path / "missing")], "no adapter directory"),
         (["inspect", str(tmp_path / "empty")], "no adapter directory"),
         (["inspect", str(tmp_path / "damaged")], "not valid JSON"),
         (["inspect", str(tmp_path / "lora")], "of type LORA"),
+        (["inspect", str(cut)], "allocation state"),
         (["export", adapter, adapter], "Name another directory"),
         (["verify", adapter, str(tmp_path / "missing")], "missing"),
         (["verify", adapter, adapter, "--base", str(tmp_path / "missing")], "missing"),

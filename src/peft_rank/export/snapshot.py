@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import safetensors.torch
 import torch
 from peft import PeftModel, get_peft_model_state_dict
@@ -150,7 +151,7 @@ def read_directory(directory: str | Path) -> AdapterSnapshot:
         directory (`str` or `Path`): Holds `adapter_config.json` and `adapter_model.safetensors`.
 
     Raises:
-        ValueError: If the files are missing, or belong to a method of another package.
+        ValueError: If the files are missing or damaged, or belong to a method of another package.
     """
     config = read_config(directory)
     if config.get("peft_type") != "SALIENTLORA":
@@ -163,10 +164,22 @@ def read_directory(directory: str | Path) -> AdapterSnapshot:
     names = [plain_name(key.removesuffix("." + FACTORS[0])) for key in state if key.endswith("." + FACTORS[0])]
     tensors = {plain_name(key): tensor for key, tensor in state.items()}
     factors = {name: tuple(tensors[f"{name}.{attribute}"] for attribute in FACTORS) for name in sorted(names)}
-    if config.allocation_state is not None:
-        # a checkpoint of an unfinished allocation marks pruned ranks by E = 0
+    if _has_pruned(state, path):
+        # which are pruned is told by E = 0: the state lists modules in an order that the file does not have
         factors = {name: (A[E != 0], E[E != 0], B[:, E != 0]) for name, (A, E, B) in factors.items()}
     return AdapterSnapshot(config, factors, _others(state), frozenset(names))
+
+
+def _has_pruned(state: dict[str, torch.Tensor], path: Path) -> bool:
+    """Whether the factors hold pruned ranks, as they may in a checkpoint of an unfinished allocation."""
+    packed = next((tensor for key, tensor in state.items() if key.endswith("." + STATE)), None)
+    if packed is None:
+        return False
+    try:
+        alive = safetensors.torch.load(packed.numpy().tobytes())["alive"]
+    except (safetensors.SafetensorError, KeyError) as error:
+        raise ValueError(f"The allocation state in {path} is damaged.") from error
+    return not alive.all()
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:
