@@ -76,16 +76,20 @@ class RankAllocationCallback(TrainerCallback):
         _drivers[tuner] = (state, self)
         self._tuner = tuner
         self._answered.clear()
+        if state.global_step == 0:
+            tuner.restart_allocation()
         plan = tuner.resolve_schedule(state.max_steps)
         if state.global_step > 0:
             checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")
             tuner.check_resumed(state.global_step, checkpoint if _uses_deepspeed() else None)
-        if self.log and state.is_world_process_zero:
+        if not self.log:
+            return
+        scalars = tuner.rank_summary()  # on every process: sharded factors are gathered together
+        if state.is_world_process_zero:
             print(plan)
             self._start_file(args, state)
-            self._write(
-                args, {"step": state.global_step, "event": "start", "plan": plan, "ranks": get_rank_pattern(model)}
-            )
+            line = {"step": state.global_step, "event": "start", "plan": plan, **scalars}
+            self._write(args, {**line, "ranks": get_rank_pattern(model)})
 
     def on_step_begin(self, *args: Any, optimizer: Optimizer, **kwargs: Any) -> None:
         if self._tuner is not None and _uses_deepspeed():
@@ -135,6 +139,13 @@ class RankAllocationCallback(TrainerCallback):
         event = "decision" if self._decided else "log"
         self._decided = False
         self._report(args, state, control, model, event)
+
+    def on_epoch_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+    ) -> None:
+        # `logging_strategy="epoch"` asks for its log here
+        if self._is_asked_first("epoch", state) and self.log and control.should_log:
+            self._report(args, state, control, model, "log")
 
     def on_train_end(
         self,
@@ -201,8 +212,8 @@ def _find_tuner(model: nn.Module) -> AdaptiveRankTuner:
         return tuner
     if any(isinstance(module, SalientLoRALayer) for module in model.modules()):
         raise RuntimeError(
-            "The adapter was added with `model.add_adapter`, which keeps the layers and drops the tuner, so that its ranks "
-            "cannot be allocated. Use `get_peft_model(model, config)`, or train without RankAllocationCallback."
+            "The model holds the layers of the adapter without its tuner, so that its ranks cannot be allocated: it was "
+            "added with `model.add_adapter` or `inject_adapter_in_model`, or it is a `PeftMixedModel`. Use `get_peft_model(model, config)`, or train without RankAllocationCallback."
         )
     raise RuntimeError(
         "RankAllocationCallback found no tuner that allocates ranks. Wrap the model first: "

@@ -34,6 +34,10 @@ class AdaptiveRankTuner(BaseTuner):
     """
 
     @abstractmethod
+    def restart_allocation(self) -> None:
+        """Forget an allocation that did not finish: for a training that starts at step 0 with this model."""
+
+    @abstractmethod
     def resolve_schedule(self, total_steps: int) -> str:
         """Turn fractions of the training into steps, check them, and return the plan as text.
 
@@ -42,6 +46,7 @@ class AdaptiveRankTuner(BaseTuner):
 
         Raises:
             ValueError: If the phases do not fit into `total_steps`.
+            RuntimeError: If no active adapter is being trained.
         """
 
     @abstractmethod
@@ -73,6 +78,7 @@ class AdaptiveRankTuner(BaseTuner):
 
         Raises:
             RuntimeError: If fractions of the training were configured and `resolve_schedule` was not called.
+            ValueError: If `global_step` is below 1.
         """
 
     @abstractmethod

@@ -100,8 +100,9 @@ def test_two_decimals_that_sum_to_one_are_legal() -> None:
 
 def test_the_shortest_training() -> None:
     assert plan(2)[:2] == (1, 1)
-    with pytest.raises(ValueError, match="allocation"):
-        plan(1)
+    assert plan(1)[:2] == (0, 1)
+    with pytest.raises(ValueError, match="`total_steps=0`"):
+        plan(0)
 
 
 def test_fractions_of_an_unknown_number_of_steps_are_refused() -> None:

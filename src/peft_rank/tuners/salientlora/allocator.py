@@ -78,9 +78,9 @@ class RankAllocator:
 
     @property
     def budget(self) -> int:
-        """Budget of the last decision, or the initial total before the first."""
+        """Budget of the last decision, or the total before the first."""
         taken = [decision.budget for decision in self.decisions if decision.step <= self.decided_step]
-        return self.target_total if self.finished else taken[-1] if taken else sum(self.initial_sizes)
+        return taken[-1] if taken else self.total
 
     @property
     def window_length(self) -> int:
@@ -88,11 +88,26 @@ class RankAllocator:
         return self.pending[0].window if self.pending and not self.finished else 0
 
     def plan(self, total_steps: int | None) -> AllocationSchedule:
-        """Set the schedule; raises as `SalientLoRAConfig.schedule` does."""
+        """Set the schedule; raises as `SalientLoRAConfig.schedule` does, and if it holds no decision."""
         initial = sum(self.initial_sizes)
-        self.schedule = self.config.schedule(total_steps, initial, min(self.target_total, initial))
-        self.decisions = self.schedule.decisions()
-        return self.schedule
+        schedule = self.config.schedule(total_steps, initial, min(self.target_total, initial))
+        decisions = schedule.decisions()
+        if not decisions and self.target_total < initial:
+            raise ValueError(
+                f"`allocation_steps={schedule.allocation_steps}` are too few for the released schedule of "
+                "`reference=True`, whose first window has 10 steps: no rank would be pruned. Allocate over more steps."
+            )
+        self.schedule, self.decisions = schedule, decisions
+        return schedule
+
+    def restart(self) -> None:
+        """Forget an unfinished allocation: a training that starts at step 0 allocates from the ranks that it finds."""
+        if self.finished:
+            return
+        self.initial_sizes = [int(alive.sum()) for alive in self.alive.split(self.sizes)]
+        self.last_step = self.recorded = self._rows = 0
+        self.decided_step = -1
+        self.rolled_back = False
 
     def wants(self, step: int) -> bool:
         """Whether the singular values after `step` belong to the allocation phase."""

@@ -78,27 +78,20 @@ def to_checkpoint(
             A, E, B = (A[mask], E[mask], B[:, mask].contiguous()) if allocator.closed else (A, E * mask.to(E.dtype), B)
             entries.update(zip(keys, (A, E, B), strict=True))
         ranks[plain_name(name)] = A.shape[0]
-    config.rank_pattern = exact_rank_pattern(ranks, config.init_r)
-    if allocator is not None:
-        _add_state(entries, next(iter(layers)), config, adapter_name, allocator)
+    state_key = f"{next(iter(layers), '')}.salientlora_state.{adapter_name}"
+    state = entries.get(state_key) if allocator is None else _state_to_save(allocator)
+    where = None
+    if state is not None:
+        entries[state_key] = state
+        where = {"module": plain_name(next(iter(layers))), "numel": state.numel()}
+    config.write_ranks(exact_rank_pattern(ranks, config.init_r), where)
     return entries
 
 
-def _add_state(
-    entries: dict[str, torch.Tensor],
-    name: str,
-    config: SalientLoRAConfig,
-    adapter_name: str,
-    allocator: RankAllocator,
-) -> None:
+def _state_to_save(allocator: RankAllocator) -> torch.Tensor | None:
     # in reference mode the budget may stay unmet, so that the ranks alone do not tell that all was decided
     plain = allocator.finished and bool(allocator.alive.all()) and allocator.total <= allocator.target_total
-    unfinished = allocator.last_step > 0 and not plain
-    config.allocation_state = None
-    if unfinished and not allocator.closed:
-        state = allocator.pack()
-        entries[f"{name}.salientlora_state.{adapter_name}"] = state
-        config.allocation_state = {"module": plain_name(name), "numel": state.numel()}
+    return allocator.pack() if allocator.last_step > 0 and not plain and not allocator.closed else None
 
 
 def check_widths(

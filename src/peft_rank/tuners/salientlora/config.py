@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import importlib.metadata
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -194,6 +196,17 @@ class SalientLoRAConfig(PeftConfig):
         """Whether ranks are to be pruned at all."""
         return self.target_r < self.init_r
 
+    def write_ranks(self, rank_pattern: dict[str, int], allocation_state: dict[str, Any] | None = None) -> None:
+        """Describe an adapter that is about to be saved, or is finished."""
+        # not a field: what the user gave is for the next model that is made from this configuration
+        vars(self).setdefault("_given_rank_pattern", self.rank_pattern)
+        self.rank_pattern, self.allocation_state = rank_pattern, allocation_state
+
+    def forget_ranks(self) -> None:
+        """Undo `write_ranks`: a new adapter starts from what the user gave, not from the ranks of the last one."""
+        if "_given_rank_pattern" in vars(self):
+            self.rank_pattern, self.allocation_state = vars(self).pop("_given_rank_pattern"), None
+
     def schedule(self, total_steps: int | None, initial_total: int, target_total: int) -> AllocationSchedule:
         """The allocation schedule in steps.
 
@@ -205,9 +218,12 @@ class SalientLoRAConfig(PeftConfig):
             ValueError: If a phase is given as a fraction and `total_steps` is not known, or if the phases do not fit.
         """
         total_steps = self.total_steps if total_steps is None else total_steps
+        if total_steps is not None:
+            _check_int("total_steps", total_steps, 1)
         warmup, allocation = self._phase("warmup", total_steps), self._phase("allocation", total_steps)
-        if self._ratio("warmup") is not None and self._ratio("allocation") is not None:
-            # both were rounded, which may have added a step too many
+        if self._ratio("warmup") is not None and self._ratio("allocation"):
+            # both were rounded, which may have added a step too many; the allocation keeps one
+            warmup = min(warmup, total_steps - 1)
             allocation = min(allocation, total_steps - warmup)
         return AllocationSchedule(
             warmup_steps=warmup,
@@ -253,23 +269,24 @@ class SalientLoRAConfig(PeftConfig):
             raise ValueError(
                 f"`min_r={self.min_r}` must be at most `target_r={self.target_r}`, or the budget cannot be met."
             )
+        if not isinstance(self.rank_pattern, dict):
+            raise ValueError(f"`rank_pattern={self.rank_pattern!r}` must be a dict of module names and ranks.")
         for name, rank in self.rank_pattern.items():
             _check_int(f"rank_pattern[{name!r}]", rank, 0)
         if self.lora_alpha is None:
             self.lora_alpha = 4.0 * self.init_r
-        _check_range("lora_alpha", self.lora_alpha, self.lora_alpha > 0, "above 0")
-        _check_range("lora_dropout", self.lora_dropout, 0 <= self.lora_dropout < 1, "in [0, 1)")
+        _check_number("lora_alpha", self.lora_alpha, lambda value: value > 0, "above 0")
+        _check_number("lora_dropout", self.lora_dropout, lambda value: 0 <= value < 1, "in [0, 1)")
         if not isinstance(self.init_weights, bool) and self.init_weights not in INITIALISATIONS:
             raise ValueError(
                 f"`init_weights={self.init_weights!r}` must be True, False or one of {', '.join(INITIALISATIONS)}."
             )
 
     def _check_salience(self) -> None:
-        beta = self.correlation_threshold
-        _check_range("correlation_threshold", beta, 0 < beta <= 1, "in (0, 1]")
-        _check_range("slope_threshold", self.slope_threshold, self.slope_threshold > 0, "above 0")
-        _check_range("salience_lambda", self.salience_lambda, 0 <= self.salience_lambda <= 1, "in [0, 1]")
-        _check_range("orth_reg_weight", self.orth_reg_weight, self.orth_reg_weight >= 0, "0 or more")
+        _check_number("correlation_threshold", self.correlation_threshold, lambda value: 0 < value <= 1, "in (0, 1]")
+        _check_number("slope_threshold", self.slope_threshold, lambda value: value > 0, "above 0")
+        _check_number("salience_lambda", self.salience_lambda, lambda value: 0 <= value <= 1, "in [0, 1]")
+        _check_number("orth_reg_weight", self.orth_reg_weight, lambda value: value >= 0, "of 0 or more")
         for name in ("graph_scope", "magnitude_scope"):
             if getattr(self, name) not in ("model", "module"):
                 raise ValueError(f"`{name}={getattr(self, name)!r}` must be 'model' or 'module'.")
@@ -284,7 +301,7 @@ class SalientLoRAConfig(PeftConfig):
             if steps is not None:
                 _check_int(f"{name}_steps", steps, 0)
             if ratio is not None:
-                _check_range(f"{name}_ratio", ratio, 0 <= ratio <= 1, "in [0, 1]")
+                _check_number(f"{name}_ratio", ratio, lambda value: 0 <= value <= 1, "in [0, 1]")
         if self.total_steps is not None:
             _check_int("total_steps", self.total_steps, 1)
         _check_int("initial_window", self.initial_window, 1)
@@ -320,6 +337,7 @@ def _check_int(name: str, value: Any, minimum: int) -> None:
         raise ValueError(f"`{name}={value!r}` must be an integer of {minimum} or more.")
 
 
-def _check_range(name: str, value: Any, legal: bool, text: str) -> None:
-    if not legal:
-        raise ValueError(f"`{name}={value!r}` must be {text}.")
+def _check_number(name: str, value: Any, legal: Callable[[float], bool], text: str) -> None:
+    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+    if not number or not legal(value):
+        raise ValueError(f"`{name}={value!r}` must be a number {text}.")

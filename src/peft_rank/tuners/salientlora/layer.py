@@ -56,7 +56,7 @@ class SalientLoRALayer(BaseTunerLayer):
         self.salientlora_B = nn.ParameterDict({})
         # plain tensors: DDP broadcasts the buffers of a module in every forward
         self.salientlora_mask: dict[str, torch.Tensor] = {}
-        self.salientlora_state = BufferDict({})
+        self.salientlora_state = BufferDict({}, persistent=True)
         # gradients of the regularizer that the next backward adds, by adapter: (of A, of B)
         self._armed: dict[str, list[torch.Tensor | None]] = {}
         # one entry while the whole model's forward runs, if this layer can be fused; a dict, because setting an
@@ -161,7 +161,7 @@ class SalientLoRALayer(BaseTunerLayer):
     def rank(self, adapter_name: str) -> int:
         """Number of ranks that are not pruned."""
         mask = self.salientlora_mask.get(adapter_name)
-        return self.salientlora_r[adapter_name] if mask is None else int(mask.sum())
+        return self.salientlora_r[adapter_name] if mask is None else int(mask.count_nonzero())
 
     def masked_E(self, adapter_name: str) -> torch.Tensor:
         """E, (r,), with 0 for pruned ranks."""

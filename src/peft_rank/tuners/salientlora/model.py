@@ -147,7 +147,7 @@ class SalientLoRAModel(SalientLoRATraining):
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
         for adapter_name in self.active_adapters:
-            self._warn_if_never_allocated(adapter_name)
+            self._warn_if_never_allocated(adapter_name, in_training=False)
 
     @classmethod
     def _get_adapter_state_dict(
@@ -159,7 +159,16 @@ class SalientLoRAModel(SalientLoRATraining):
         if tuner is not None:
             tuner._warn_if_never_allocated(adapter_name)
             allocator = tuner._allocators.get(adapter_name)
-        return to_checkpoint(selected, _named_layers(model, adapter_name), config, adapter_name, allocator)
+        layers = _named_layers(model, adapter_name)
+        total, target = sum(layer.rank(adapter_name) for layer in layers.values()), config.target_r * len(layers)
+        if tuner is None and total > target and not config.inference_mode and config.allocation_state is None:
+            warnings.warn(
+                f"The rank allocation of adapter {adapter_name!r} cannot run: it has {total} ranks instead of {target}, "
+                "and the model holds its layers without the tuner. Use `get_peft_model(model, config)`; for an adapter "
+                "of fixed rank set `target_r` to `init_r`.",
+                stacklevel=2,
+            )
+        return to_checkpoint(selected, layers, config, adapter_name, allocator)
 
     @classmethod
     def _remap_adapter_state_dict_for_load(

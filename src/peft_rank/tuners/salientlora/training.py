@@ -37,9 +37,10 @@ class SalientLoRATraining(AdaptiveRankTuner):
         self._layers: dict[str, dict[str, SalientLoRALayer]] = {}
         super().__init__(*args, **kwargs)
 
-    def inject_adapter(self, *args: Any, **kwargs: Any) -> None:
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         self._layers.clear()
-        super().inject_adapter(*args, **kwargs)
+        self.peft_config[adapter_name].forget_ranks()
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
@@ -74,8 +75,17 @@ class SalientLoRATraining(AdaptiveRankTuner):
     def _allocating_adapters(self) -> list[str]:
         return [name for name in self._trained_adapters() if self.peft_config[name].allocates]
 
+    def restart_allocation(self) -> None:
+        for name in self._trained_adapters():
+            self.allocator(name).restart()
+
     def resolve_schedule(self, total_steps: int) -> str:
         plans = []
+        if not self._trained_adapters():
+            raise RuntimeError(
+                f"None of the active adapters ({', '.join(self.active_adapters)}) is trained, so that nothing can be "
+                "allocated. Load the adapter with `is_trainable=True`, or activate the one to train with `set_adapter`."
+            )
         for name in self._trained_adapters():
             allocator = self.allocator(name)
             # checkpoints of a further training fit its parameters, masked ranks included
@@ -176,6 +186,8 @@ class SalientLoRATraining(AdaptiveRankTuner):
     def update_and_allocate(
         self, global_step: int, optimizer: Optimizer | None = None, shrink: ShrinkPolicy = "each"
     ) -> bool:
+        if global_step < 1:
+            raise ValueError(f"`global_step={global_step}` must be 1 or more: it counts completed optimizer steps.")
         decided = False
         for name in self._allocating_adapters():
             allocator = self.allocator(name)
@@ -253,8 +265,14 @@ class SalientLoRATraining(AdaptiveRankTuner):
             config = self.peft_config[name]
             kept = (int(mask.sum()) for mask in allocator.alive.split(allocator.sizes))
             ranks = dict(zip(self.adapter_layers(name), kept, strict=True))
-            config.rank_pattern = exact_rank_pattern(ranks, config.init_r)
-            config.allocation_state = None
+            config.write_ranks(exact_rank_pattern(ranks, config.init_r))
+        for name, allocator in self._allocators.items():
+            if allocator.last_step > 0 and not allocator.finished and not allocator.closed:
+                warnings.warn(
+                    f"Adapter {name!r} is in the middle of its allocation and is not finalized, since it is not being "
+                    "trained. Activate it with `set_adapter` first.",
+                    stacklevel=2,
+                )
 
     def _finish_early(self, name: str, allocator: RankAllocator) -> None:
         if allocator.rolled_back:
@@ -266,6 +284,8 @@ class SalientLoRATraining(AdaptiveRankTuner):
             )
             return
         if allocator.recorded == 0:
+            # whoever goes on nevertheless is told again when saving
+            allocator.last_step = 0
             raise RuntimeError(self._never_allocated(name))
         if allocator.schedule is None:
             self._plan_from_steps(allocator)
@@ -323,10 +343,11 @@ class SalientLoRATraining(AdaptiveRankTuner):
             "`target_r` to `init_r`."
         )
 
-    def _warn_if_never_allocated(self, adapter_name: str) -> None:
+    def _warn_if_never_allocated(self, adapter_name: str, in_training: bool = True) -> None:
         message = self._never_allocated(adapter_name)
-        seen = adapter_name in self._allocators and self._allocators[adapter_name].last_step > 0
-        if message is not None and not seen and not self.peft_config[adapter_name].inference_mode:
+        # a checkpoint of the warm-up has recorded nothing yet
+        warming_up = in_training and self.allocator(adapter_name).last_step > 0
+        if message is not None and not warming_up and not self.peft_config[adapter_name].inference_mode:
             warnings.warn(message, stacklevel=2)
 
     def rank_summary(self) -> dict[str, float]:
