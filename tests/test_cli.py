@@ -141,13 +141,22 @@ def test_verify_without_a_task_type(llama: TinyModel, tmp_path: Path) -> None:
     assert main(["verify", str(tmp_path / "adapter"), str(tmp_path / "lora")]) == 0
 
 
-def test_verify_with_another_number_of_labels(deberta: TinyModel, tmp_path: Path) -> None:
+def test_verify_with_another_number_of_labels(
+    deberta: TinyModel, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
     deberta.make_model().save_pretrained(tmp_path / "base")
     model = get_peft_model(deberta.make_model(num_labels=3), config(deberta, init_r=2, init_weights=False))
     model.save_pretrained(tmp_path / "adapter")
+    model.eval().merge_and_unload().save_pretrained(tmp_path / "merged")
     files = [str(tmp_path / "adapter"), str(tmp_path / "lora")]
     assert main(["export", *files]) == 0
-    assert main(["verify", *files, "--base", str(tmp_path / "base"), "--num-labels", "3"]) == 0
+    base = ["--base", str(tmp_path / "base")]
+    assert main(["verify", *files, *base]) == 0
+    assert main(["verify", files[0], str(tmp_path / "merged"), *base]) == 0
+    assert main(["verify", *files, *base, "--num-labels", "3"]) == 0
+    capsys.readouterr()
+    assert main(["verify", *files, *base, "--num-labels", "5"]) == 2
+    assert "--num-labels" in capsys.readouterr().err
 
 
 def test_errors_are_one_line_and_code_2(
@@ -193,7 +202,8 @@ def test_it_runs_as_a_module(llama_files: Path) -> None:
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "SALIENTLORA" in done.stdout
-    assert not done.stderr
+    # bitsandbytes, where it is installed, tells of optional kernels when it is imported
+    assert not [line for line in done.stderr.splitlines() if "kernels" not in line]
 
 
 def test_a_model_that_gives_nan_is_not_the_same(llama_files: Path, tmp_path: Path) -> None:
