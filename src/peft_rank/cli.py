@@ -56,7 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("other", metavar="OTHER", help="directory of a plain LoRA adapter or of a merged model")
     verify.add_argument("--base", metavar="MODEL", help="base model to load, if not the recorded one")
     verify.add_argument(
-        "--num-labels", type=int, metavar="N", help="labels of the classifier, if not the base model's"
+        "--num-labels", type=int, metavar="N", help="labels of the classifier, if not those of the saved one"
     )
     verify.add_argument(
         "--tolerance", type=float, default=1e-4, help="largest difference, relative to outputs above 1 (%(default)s)"

@@ -21,6 +21,7 @@ from safetensors.torch import load, load_file
 import peft_rank
 from peft_rank import export_lora, get_rank_pattern, rank_table
 from peft_rank.export import card as card_module
+from peft_rank.export.lora import export_lora_files
 from runs import adam, adapted, assert_close, config, logits, make_trainer, steps_by_hand
 from tiny_models import TinyModel
 
@@ -121,6 +122,31 @@ def test_the_snippets_load_the_adapter_and_export_it(tiny: TinyModel, tmp_path: 
     assert "peft_rank" not in load_lora
     run(load_lora.replace(card_module.HERE, str(tmp_path / "lora")), names)
     assert_close(logits(names["model"], tiny), logits(model, tiny), 1e-5)
+
+
+def test_the_snippets_name_the_number_of_labels(deberta: TinyModel, tmp_path: Path) -> None:
+    deberta.make_model().base_model.save_pretrained(tmp_path / "base")
+    base_model = deberta.model_class.from_pretrained(tmp_path / "base", num_labels=3)
+    settings = config(deberta, init_r=2, init_weights=False, modules_to_save=["pooler"])
+    model = get_peft_model(base_model, settings).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    export_lora(model, tmp_path / "lora")
+    export_lora_files(tmp_path / "adapter", tmp_path / "from-files")
+    for folder in ("adapter", "lora", "from-files"):
+        load_it = snippets((tmp_path / folder / "README.md").read_text())[0]
+        assert f'"{card_module.HERE}", num_labels=3)' in load_it
+        names: dict[str, Any] = {}
+        run(load_it.replace(card_module.HERE, str(tmp_path / folder)), names)
+        assert_close(logits(names["model"], deberta), logits(model, deberta), 1e-5)
+
+
+def test_the_snippets_name_no_number_of_labels_in_vain(deberta: TinyModel, llama: TinyModel, tmp_path: Path) -> None:
+    for tiny in (deberta, llama):
+        model = finished(tiny)
+        model.save_pretrained(tmp_path / tiny.name)
+        export_lora(model, tmp_path / tiny.name / "lora")
+        for path in (tmp_path / tiny.name).rglob("README.md"):
+            assert "num_labels" not in path.read_text()
 
 
 def test_every_adapter_of_ours_is_told_of(llama: TinyModel, tmp_path: Path) -> None:

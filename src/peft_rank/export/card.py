@@ -111,7 +111,7 @@ def lora_card(summary: AdapterSummary, config: LoraConfig, path: Path) -> ModelC
         "## Plain LoRA, ranks chosen by peft_rank",
         _table(rows),
         "### Load",
-        f'```python\nimport peft\nmodel = peft.{auto_class(config).__name__}.from_pretrained("{HERE}")\n```',
+        f"```python\nimport peft\nmodel = {_load_call(config, HERE, summary.num_labels)}\n```",
     ]
     if config.bias != "none" or set(config.modules_to_save or ()) - {"classifier", "score"}:
         parts.append("vLLM takes no adapter with trained biases or modules. It serves the merged model.")
@@ -139,10 +139,10 @@ def _adapter_section(summaries: dict[str, AdapterSummary], location: str) -> str
         base = config.base_model_name_or_path
         rows = {"method": "SalientLoRA", "base model": f"`{base}`" if base else "not recorded", **_facts(summary)}
         parts += [_table(rows), rank_grid(summary.ranks).markdown()]
-    config = next(iter(summaries.values())).config
+    first = next(iter(summaries.values()))
     parts += [
         "### Load",
-        f'```python\nimport peft_rank, peft\nmodel = peft.{auto_class(config).__name__}.from_pretrained("{location}")\n```',
+        f"```python\nimport peft_rank, peft\nmodel = {_load_call(first.config, location, first.num_labels)}\n```",
         "`pip install peft-rank` provides the first. To do without it, export to plain LoRA, which is exact:",
         '```python\npeft_rank.export_lora(model, "plain-lora")\n```',
         "or `peft-rank export DIR plain-lora` in a shell, which needs a folder with the adapter's files only.",
@@ -172,6 +172,13 @@ def _facts(summary: AdapterSummary) -> dict[str, str]:
 
 def _table(rows: dict[str, str]) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+
+
+def _load_call(config: SalientLoRAConfig | LoraConfig, location: str, num_labels: int | None) -> str:
+    """What loads base model and adapter. A base model gets two labels, or those that it was saved with, if not told."""
+    told = config.task_type in ("SEQ_CLS", "TOKEN_CLS") and num_labels not in (None, 2)
+    labels = f", num_labels={num_labels}" if told else ""
+    return f'peft.{auto_class(config).__name__}.from_pretrained("{location}"{labels})'
 
 
 def auto_class(config: SalientLoRAConfig | LoraConfig) -> type:

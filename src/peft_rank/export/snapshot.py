@@ -24,6 +24,7 @@ from peft_rank.tuners.salientlora.checkpoint import PEFT_PREFIX, plain_name
 
 FACTORS = SalientLoRALayer.adapter_layer_names
 STATE = "salientlora_state"
+CLASSIFIERS = tuple(f"{PEFT_PREFIX}{name}.weight" for name in ("classifier", "score", "classifier.out_proj"))
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class AdapterSummary:
         parameters (`int`): Numbers in the factors of these ranks.
         other_parameters (`int`): Numbers in `modules_to_save` and trained biases.
         bytes (`int`): Size of all of them.
+        num_labels (`int`, *optional*): Labels of the model; means nothing where it is no classifier.
     """
 
     config: SalientLoRAConfig
@@ -44,6 +46,7 @@ class AdapterSummary:
     parameters: int
     other_parameters: int
     bytes: int
+    num_labels: int | None
 
     @property
     def total(self) -> int:
@@ -71,12 +74,14 @@ class AdapterSnapshot:
             are not pruned.
         others (`dict[str, torch.Tensor]`): `modules_to_save` and trained biases, under the keys of PEFT's files.
         module_names (`frozenset[str]`): All modules of the base model, as far as they are known.
+        num_labels (`int`, *optional*): As in `AdapterSummary`, as far as it is known.
     """
 
     config: SalientLoRAConfig
     factors: dict[str, tuple[torch.Tensor, torch.Tensor, torch.Tensor]]
     others: dict[str, torch.Tensor]
     module_names: frozenset[str]
+    num_labels: int | None
 
     @property
     def summary(self) -> AdapterSummary:
@@ -88,6 +93,7 @@ class AdapterSnapshot:
             parameters=sum(tensor.numel() for tensor in factors),
             other_parameters=sum(tensor.numel() for tensor in others),
             bytes=sum(tensor.nbytes for tensor in [*factors, *others]),
+            num_labels=self.num_labels,
         )
 
 
@@ -121,6 +127,7 @@ def read_model(model: nn.Module, adapter_name: str | None = None) -> AdapterSnap
         factors={name: _alive(layer, adapter_name) for name, layer in layers.items()},
         others=_others(state),
         module_names=frozenset(plain_name(name) for name, _ in model.named_modules()),
+        num_labels=_num_labels(model),
     )
 
 
@@ -167,7 +174,10 @@ def read_directory(directory: str | Path) -> AdapterSnapshot:
     if _has_pruned(state, path):
         # which are pruned is told by E = 0: the state lists modules in an order that the file does not have
         factors = {name: (A[E != 0], E[E != 0], B[:, E != 0]) for name, (A, E, B) in factors.items()}
-    return AdapterSnapshot(config, factors, _others(state), frozenset(names))
+    others = _others(state)
+    weights = [others[key] for key in CLASSIFIERS if key in others]
+    num_labels = weights[0].shape[0] if weights else None
+    return AdapterSnapshot(config, factors, others, frozenset(names), num_labels)
 
 
 def _has_pruned(state: dict[str, torch.Tensor], path: Path) -> bool:
@@ -221,7 +231,12 @@ def summarize_model(model: nn.Module, adapter_name: str) -> AdapterSummary:
         parameters=parameters,
         other_parameters=sum(sizes),
         bytes=width * parameters + sum(n * p.element_size() for n, p in zip(sizes, others, strict=True)),
+        num_labels=_num_labels(model),
     )
+
+
+def _num_labels(model: nn.Module) -> int | None:
+    return getattr(getattr(model, "config", None), "num_labels", None)
 
 
 def _trained_beside(model: nn.Module, layers: Iterable[SalientLoRALayer], adapter_name: str) -> Iterator[nn.Parameter]:

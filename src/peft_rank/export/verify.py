@@ -42,28 +42,43 @@ def compare(
         adapter (`str` or `Path`): Directory of an adapter of this package.
         other (`str` or `Path`): Directory of a plain LoRA or of any other adapter, or of a merged model.
         base_model (`str`, *optional*): The base model, by default the one that the adapter recorded.
-        num_labels (`int`, *optional*): Labels of the classifier, where the base model's own has another number.
+        num_labels (`int`, *optional*): Labels of the classifier, by default those of the one that the adapter holds, or
+            the base model's.
 
     Raises:
-        ValueError: If `adapter` holds no adapter of this package, or names no base model.
+        ValueError: If `adapter` holds no adapter of this package, names no base model, or does not fit it.
         OSError: If a model cannot be loaded.
     """
-    config = read_directory(adapter).config
+    snapshot = read_directory(adapter)
+    config = snapshot.config
     base_model = base_model or config.base_model_name_or_path
     if not base_model:
         raise ValueError(f"{adapter} does not name its base model. Name it with --base.")
     settings: dict[str, Any] = {"dtype": torch.float32}
+    if num_labels is None:
+        num_labels = snapshot.num_labels
     if num_labels is not None:
         # the adapter brings its own classifier
         settings.update(num_labels=num_labels, ignore_mismatched_sizes=True)
     model_class = _model_class(config)
-    first = _outputs(PeftModel.from_pretrained(model_class.from_pretrained(base_model, **settings), str(adapter)))
+    first = _outputs(_with_adapter(model_class.from_pretrained(base_model, **settings), adapter))
     if (Path(other) / CONFIG_NAME).is_file():
-        model = PeftModel.from_pretrained(model_class.from_pretrained(base_model, **settings), str(other))
+        model = _with_adapter(model_class.from_pretrained(base_model, **settings), other)
     else:
         model = model_class.from_pretrained(str(other), **settings)
     second = _outputs(model)
     return Difference((first - second).abs().max().item(), first.abs().max().item())
+
+
+def _with_adapter(base_model: nn.Module, directory: str | Path) -> PeftModel:
+    try:
+        return PeftModel.from_pretrained(base_model, str(directory))
+    except RuntimeError as error:
+        if "size mismatch" not in str(error):
+            raise
+        raise ValueError(
+            f"{error} If these are the weights of a classifier, name its number of labels with --num-labels."
+        ) from error
 
 
 def _model_class(config: SalientLoRAConfig) -> type:
