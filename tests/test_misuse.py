@@ -132,8 +132,11 @@ def test_finalizing_another_adapter_tells_of_the_one_left_behind() -> None:
 
 
 def test_steps_count_from_one() -> None:
-    with pytest.raises(ValueError, match="`global_step=0`"):
-        adapted(LLAMA).base_model.update_and_allocate(0)
+    tuner = adapted(LLAMA, warmup_steps=0).base_model
+    with pytest.raises(ValueError, match="`global_step=-1`"):
+        tuner.update_and_allocate(-1)
+    assert not tuner.update_and_allocate(0)
+    assert tuner.allocator("default").recorded == 0
 
 
 @pytest.mark.parametrize(

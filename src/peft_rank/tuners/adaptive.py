@@ -67,7 +67,7 @@ class AdaptiveRankTuner(BaseTuner):
         `zero_grad()`. Calling it again for the same step does nothing.
 
         Args:
-            global_step (`int`): Number of completed optimizer steps, from 1.
+            global_step (`int`): Number of completed optimizer steps, from 1; with 0 nothing happens.
             optimizer (`Optimizer`, *optional*): Given, pruned ranks and their moments are removed at once, where that is
                 exact; otherwise they are masked and removed by `finalize`.
             shrink (`str`): `"each"` removes at each decision, `"last"` only at the last one (for compiled models, which
@@ -78,7 +78,7 @@ class AdaptiveRankTuner(BaseTuner):
 
         Raises:
             RuntimeError: If fractions of the training were configured and `resolve_schedule` was not called.
-            ValueError: If `global_step` is below 1.
+            ValueError: If `global_step` is negative.
         """
 
     @abstractmethod

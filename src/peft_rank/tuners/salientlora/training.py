@@ -186,8 +186,8 @@ class SalientLoRATraining(AdaptiveRankTuner):
     def update_and_allocate(
         self, global_step: int, optimizer: Optimizer | None = None, shrink: ShrinkPolicy = "each"
     ) -> bool:
-        if global_step < 1:
-            raise ValueError(f"`global_step={global_step}` must be 1 or more: it counts completed optimizer steps.")
+        if global_step < 0:
+            raise ValueError(f"`global_step={global_step}` must not be negative: it counts completed optimizer steps.")
         decided = False
         for name in self._allocating_adapters():
             allocator = self.allocator(name)
