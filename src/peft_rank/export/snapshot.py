@@ -19,6 +19,7 @@ from torch import nn
 
 from peft_rank.ranks import adapter_layers, bare_model
 from peft_rank.tuners.salientlora import SalientLoRAConfig, SalientLoRALayer
+from peft_rank.tuners.salientlora.allocator import read_state
 from peft_rank.tuners.salientlora.checkpoint import PEFT_PREFIX, plain_name
 
 
@@ -186,10 +187,10 @@ def _has_pruned(state: dict[str, torch.Tensor], path: Path) -> bool:
     if packed is None:
         return False
     try:
-        alive = safetensors.torch.load(packed.numpy().tobytes())["alive"]
-    except (safetensors.SafetensorError, KeyError) as error:
+        tensors, _ = read_state(packed)
+    except ValueError as error:
         raise ValueError(f"The allocation state in {path} is damaged.") from error
-    return not alive.all()
+    return not tensors["alive"].all()
 
 
 def read_config(directory: str | Path) -> dict[str, Any]:

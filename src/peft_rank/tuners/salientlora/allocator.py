@@ -20,6 +20,24 @@ from peft_rank.allocation.schedule import AllocationSchedule, Decision
 from .config import SalientLoRAConfig
 
 
+def read_state(blob: torch.Tensor) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
+    """Tensors and clock in what `RankAllocator.pack` returned, (n,) uint8.
+
+    Raises:
+        ValueError: If the bytes are damaged.
+    """
+    data = blob.cpu().numpy().tobytes()
+    try:
+        tensors = safetensors.torch.load(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        return tensors, json.loads(header["__metadata__"]["clock"])
+    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+        raise ValueError(
+            "The allocation state in the checkpoint is damaged, so that the allocation cannot go on where it stopped. "
+            "Resume from an earlier checkpoint."
+        ) from error
+
+
 class RankAllocator:
     """
     The allocation of one adapter.
@@ -204,16 +222,7 @@ class RankAllocator:
         Raises:
             ValueError: If the bytes are damaged or describe other modules; nothing is changed.
         """
-        data = blob.cpu().numpy().tobytes()
-        try:
-            tensors = safetensors.torch.load(data)
-            header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-            clock = json.loads(header["__metadata__"]["clock"])
-        except (safetensors.SafetensorError, KeyError, ValueError) as error:
-            raise ValueError(
-                "The allocation state in the checkpoint is damaged, so that the allocation cannot go on where it "
-                "stopped. Resume from an earlier checkpoint."
-            ) from error
+        tensors, clock = read_state(blob)
         if tensors["sizes"].tolist() != list(sizes):
             raise ValueError(
                 f"The allocation state in the checkpoint describes {len(tensors['sizes'])} modules with "
