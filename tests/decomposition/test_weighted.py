@@ -207,3 +207,17 @@ def test_whitening_survives_channels_of_extreme_size(shape: tuple[int, int]) -> 
     torch.testing.assert_close(reached, best, rtol=1e-4, atol=0)
     tail = weighted_spectrum(weight, "whitening", input_gram=gram)[10:].square().sum()
     torch.testing.assert_close(tail, best, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize(("dead", "eigendecompositions"), [(0, 1), (2, 2)])
+def test_root_of_the_gram_matrix(dead: int, eigendecompositions: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A Cholesky factor, unless dead inputs make the matrix singular: at scale a second eigendecomposition is dear."""
+    generator = torch.Generator().manual_seed(0)
+    weight, inputs = torch.randn(30, 12, generator=generator), torch.randn(50, 12, generator=generator)
+    inputs[:, :dead] = 0
+    calls, exact = [], torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda matrix: calls.append(matrix.shape) or exact(matrix))
+    spectrum = weighted_spectrum(weight, "whitening", input_gram=inputs.T @ inputs)
+    expected = torch.linalg.svdvals(weight.double() @ inputs.double().T)
+    torch.testing.assert_close(spectrum, expected[:12], rtol=1e-5, atol=1e-5)
+    assert calls == [(12, 12)] * eigendecompositions

@@ -23,11 +23,12 @@ importance from the others, and is unbounded there; the others never exceed the 
 Gram matrices are decomposed in float64: a few channels of transformers are a thousand times larger than the others,
 squared a million times, and float32 would lose the others beside them. Where float32 is enough, U and S come from the
 smaller of W G W^T and C^T W^T W C, which spares the SVD: their float64 digits, halved by the square root, are those of
-float32.
+float32. C is a Cholesky factor, which costs a fraction of an eigendecomposition and keeps the digits of small features
+beside large ones; a Gram matrix that is singular, or rounded to be, has none and gets its eigenvectors instead.
 
 Differences from the released code: damping is relative and out of place (there: 1e-6 or 1e-5 added whatever the units,
-in place in ARS, so that statistics drift from call to call; none in older FWSVD, which then gives NaN); no Cholesky
-factorization, which fails for singular Gram matrices; Fisher is averaged rather than summed over rows, which leaves the
+in place in ARS, so that statistics drift from call to call; none in older FWSVD, which then gives NaN); Gram matrices
+may be singular (there: a Cholesky factorization fails); Fisher is averaged rather than summed over rows, which leaves the
 factors as they are and makes the losses of modules of different height comparable; the bias stays with the caller.
 """
 
@@ -72,22 +73,23 @@ class Metric:
         """R W C, or another matrix of the same left vectors and singular values."""
         weight = weight if self.rows is None else self.rows * weight
         if self.gram is not None:
-            values, vectors = symmetric_eigen(self.gram)
-            return product(weight, (vectors * values.clamp(min=self.floor).sqrt()).to(weight.dtype))
+            return product(weight, self._root().to(weight.dtype))
         return weight if self.columns is None else weight * self.columns
 
-    def left_vectors(self, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """U (out, k) and S (k,) of R W C, k = min(out, in)."""
+    def left_vectors(self, weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+        """The leading `rank` of U (out, rank) and S (rank,) of R W C, rank <= min(out, in)."""
         if self.gram is None or weight.dtype == torch.float64:
-            return thin_svd(self.apply(weight))[:2]
+            left, values, _ = thin_svd(self.apply(weight))
+            return left[:, :rank], values[:rank]
         if weight.shape[0] <= weight.shape[1]:
             values, vectors = self._output_eigen(weight)
+            left = vectors[:, -rank:].flip(1)
         else:
             scaled = self.apply(weight.double())  # (out, in)
             values, vectors = symmetric_eigen(scaled.mT @ scaled)
             # what U S is, but orthonormal also where S is rounding
-            vectors = torch.linalg.qr(scaled @ vectors.flip(1)).Q.flip(1)
-        return vectors.flip(1).to(weight.dtype), values.flip(0).clamp(min=0).sqrt().to(weight.dtype)
+            left = torch.linalg.qr(scaled @ vectors[:, -rank:].flip(1)).Q
+        return left.to(weight.dtype), values[-rank:].flip(0).clamp(min=0).sqrt().to(weight.dtype)
 
     def values(self, weight: Tensor) -> Tensor:
         """S (k,) of R W C, float64."""
@@ -99,6 +101,14 @@ class Metric:
             scaled = self.apply(weight.double())
             values, _ = symmetric_eigen(scaled.mT @ scaled)
         return values.flip(0).clamp(min=0).sqrt()
+
+    def _root(self) -> Tensor:
+        """Some C (in, in), float64, with C C^T = gram."""
+        root, failed = torch.linalg.cholesky_ex(self.gram)
+        if not int(failed):
+            return root
+        values, vectors = symmetric_eigen(self.gram)
+        return vectors * values.clamp(min=self.floor).sqrt()
 
     def _output_eigen(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         """Eigenvalues and eigenvectors, in float64, of the Gram matrix of the outputs (out, out)."""
@@ -234,8 +244,7 @@ def make_metric(method: str, statistic: Tensor | None, alpha: float, damping: fl
 
 def split(weight: Tensor, metric: Metric, rank: int) -> tuple[Tensor, Tensor, Tensor]:
     """Best factors in a metric: `up` (out, rank), `down` (rank, in), and the singular values (rank,) without unit."""
-    left, values = metric.left_vectors(weight)
-    left = left[:, :rank]
+    left, values = metric.left_vectors(weight, rank)
     if metric.rows is None:
-        return left, product(left.mT, weight), values[:rank]
-    return left / metric.rows, product(left.mT, metric.rows * weight), values[:rank]
+        return left, product(left.mT, weight), values
+    return left / metric.rows, product(left.mT, metric.rows * weight), values
