@@ -3,16 +3,14 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Literal
 
-from peft import PeftConfig
 from peft.utils import PeftType
 
 from peft_rank.allocation.schedule import AllocationSchedule
+
+from ..config import AdaptedModulesConfig, check_int, check_number
 
 
 DEFAULT_RATIOS = {"warmup": 0.1, "allocation": 0.5}
@@ -20,7 +18,7 @@ INITIALISATIONS = ("gaussian", "orthogonal", "lora")
 
 
 @dataclass
-class SalientLoRAConfig(PeftConfig):
+class SalientLoRAConfig(AdaptedModulesConfig):
     """
     Configuration of [`SalientLoRAModel`]: LoRA as `W + lora_alpha / init_r * B diag(E) A`, which starts with `init_r`
     ranks in every module and prunes them by their salience until `target_r` ranks a module are left on average
@@ -127,64 +125,13 @@ class SalientLoRAConfig(PeftConfig):
         default=False,
         metadata={"help": "Use the released code's scores and pruning rule, which may miss the budget."},
     )
-    target_modules: list[str] | str | None = field(
-        default=None,
-        metadata={
-            "help": "Names of the modules to adapt, a regular expression, or 'all-linear'. By default those that LoRA "
-            "adapts in the architecture."
-        },
-    )
-    exclude_modules: list[str] | str | None = field(
-        default=None, metadata={"help": "Names of modules, or a regular expression, that are not adapted."}
-    )
-    layers_to_transform: list[int] | int | None = field(
-        default=None, metadata={"help": "Indices of the layers to adapt; all by default."}
-    )
-    layers_pattern: list[str] | str | None = field(
-        default=None, metadata={"help": "Name of the list of layers that `layers_to_transform` counts in."}
-    )
-    modules_to_save: list[str] | None = field(
-        default=None,
-        metadata={"help": "Modules besides the adapters that are trained and saved, such as a classifier."},
-    )
-    bias: Literal["none", "all", "salientlora_only"] = field(
-        default="none", metadata={"help": "Which biases are trained: none, all, or those of the adapted modules."}
-    )
-    fan_in_fan_out: bool = field(
-        default=False, metadata={"help": "True for layers that store their weight as (in, out), such as `Conv1D`."}
-    )
-    rank_pattern: dict[str, int] | None = field(
-        default_factory=dict,
-        metadata={
-            "help": "Ranks of single modules, by name or regular expression, matched as in LoRA. Written by the "
-            "allocation."
-        },
-    )
-    allocation_state: dict[str, Any] | None = field(
-        default=None,
-        metadata={
-            "help": "Written to checkpoints of an unfinished allocation: where in the checkpoint its state is kept. "
-            "Not to be set by hand."
-        },
-    )
-    peft_rank_version: str | None = field(
-        default=None, metadata={"help": "Version of peft_rank that wrote the configuration, leave empty."}
-    )
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         self.peft_type = PeftType.SALIENTLORA
-        if self.peft_rank_version is None:
-            self.peft_rank_version = importlib.metadata.version("peft-rank")
-        if isinstance(self.target_modules, list):
-            self.target_modules = set(self.target_modules)
-        if isinstance(self.exclude_modules, list):
-            self.exclude_modules = set(self.exclude_modules)
-        self.rank_pattern = {} if self.rank_pattern is None else self.rank_pattern
+        super().__post_init__()
         self._check_ranks()
         self._check_salience()
         self._check_schedule()
-        self._check_modules()
 
     @property
     def scaling(self) -> float:
@@ -195,17 +142,6 @@ class SalientLoRAConfig(PeftConfig):
     def allocates(self) -> bool:
         """Whether ranks are to be pruned at all."""
         return self.target_r < self.init_r
-
-    def write_ranks(self, rank_pattern: dict[str, int], allocation_state: dict[str, Any] | None = None) -> None:
-        """Describe an adapter that is about to be saved, or is finished."""
-        # not a field: what the user gave is for the next model that is made from this configuration
-        vars(self).setdefault("_given_rank_pattern", self.rank_pattern)
-        self.rank_pattern, self.allocation_state = rank_pattern, allocation_state
-
-    def forget_ranks(self) -> None:
-        """Undo `write_ranks`: a new adapter starts from what the user gave, not from the ranks of the last one."""
-        if "_given_rank_pattern" in vars(self):
-            self.rank_pattern, self.allocation_state = vars(self).pop("_given_rank_pattern"), None
 
     def schedule(self, total_steps: int | None, initial_total: int, target_total: int) -> AllocationSchedule:
         """The allocation schedule in steps.
@@ -219,7 +155,7 @@ class SalientLoRAConfig(PeftConfig):
         """
         total_steps = self.total_steps if total_steps is None else total_steps
         if total_steps is not None:
-            _check_int("total_steps", total_steps, 1)
+            check_int("total_steps", total_steps, 1)
         warmup, allocation = self._phase("warmup", total_steps), self._phase("allocation", total_steps)
         if self._ratio("warmup") is not None and self._ratio("allocation"):
             # both were rounded, which may have added a step too many; the allocation keeps one
@@ -257,36 +193,32 @@ class SalientLoRAConfig(PeftConfig):
         return max(round(ratio * total_steps), 1 if ratio > 0 else 0)
 
     def _check_ranks(self) -> None:
-        _check_int("init_r", self.init_r, 1)
-        _check_int("target_r", self.target_r, 1)
+        check_int("init_r", self.init_r, 1)
+        check_int("target_r", self.target_r, 1)
         if self.target_r > self.init_r:
             raise ValueError(
                 f"`target_r={self.target_r}` must be at most `init_r={self.init_r}`: ranks are pruned, never added. "
                 "Raise `init_r`, or lower `target_r`."
             )
-        _check_int("min_r", self.min_r, 0)
+        check_int("min_r", self.min_r, 0)
         if self.min_r > self.target_r:
             raise ValueError(
                 f"`min_r={self.min_r}` must be at most `target_r={self.target_r}`, or the budget cannot be met."
             )
-        if not isinstance(self.rank_pattern, dict):
-            raise ValueError(f"`rank_pattern={self.rank_pattern!r}` must be a dict of module names and ranks.")
-        for name, rank in self.rank_pattern.items():
-            _check_int(f"rank_pattern[{name!r}]", rank, 0)
         if self.lora_alpha is None:
             self.lora_alpha = 4.0 * self.init_r
-        _check_number("lora_alpha", self.lora_alpha, lambda value: value > 0, "above 0")
-        _check_number("lora_dropout", self.lora_dropout, lambda value: 0 <= value < 1, "in [0, 1)")
+        check_number("lora_alpha", self.lora_alpha, lambda value: value > 0, "above 0")
+        check_number("lora_dropout", self.lora_dropout, lambda value: 0 <= value < 1, "in [0, 1)")
         if not isinstance(self.init_weights, bool) and self.init_weights not in INITIALISATIONS:
             raise ValueError(
                 f"`init_weights={self.init_weights!r}` must be True, False or one of {', '.join(INITIALISATIONS)}."
             )
 
     def _check_salience(self) -> None:
-        _check_number("correlation_threshold", self.correlation_threshold, lambda value: 0 < value <= 1, "in (0, 1]")
-        _check_number("slope_threshold", self.slope_threshold, lambda value: value > 0, "above 0")
-        _check_number("salience_lambda", self.salience_lambda, lambda value: 0 <= value <= 1, "in [0, 1]")
-        _check_number("orth_reg_weight", self.orth_reg_weight, lambda value: value >= 0, "of 0 or more")
+        check_number("correlation_threshold", self.correlation_threshold, lambda value: 0 < value <= 1, "in (0, 1]")
+        check_number("slope_threshold", self.slope_threshold, lambda value: value > 0, "above 0")
+        check_number("salience_lambda", self.salience_lambda, lambda value: 0 <= value <= 1, "in [0, 1]")
+        check_number("orth_reg_weight", self.orth_reg_weight, lambda value: value >= 0, "of 0 or more")
         for name in ("graph_scope", "magnitude_scope"):
             if getattr(self, name) not in ("model", "module"):
                 raise ValueError(f"`{name}={getattr(self, name)!r}` must be 'model' or 'module'.")
@@ -299,13 +231,13 @@ class SalientLoRAConfig(PeftConfig):
                     f"`{name}_steps={steps}` and `{name}_ratio={ratio}` say the same thing twice. Give only one."
                 )
             if steps is not None:
-                _check_int(f"{name}_steps", steps, 0)
+                check_int(f"{name}_steps", steps, 0)
             if ratio is not None:
-                _check_number(f"{name}_ratio", ratio, lambda value: 0 <= value <= 1, "in [0, 1]")
+                check_number(f"{name}_ratio", ratio, lambda value: 0 <= value <= 1, "in [0, 1]")
         if self.total_steps is not None:
-            _check_int("total_steps", self.total_steps, 1)
-        _check_int("initial_window", self.initial_window, 1)
-        _check_int("final_window", self.final_window, 1)
+            check_int("total_steps", self.total_steps, 1)
+        check_int("initial_window", self.initial_window, 1)
+        check_int("final_window", self.final_window, 1)
         if self.initial_window > self.final_window:
             raise ValueError(
                 f"`initial_window={self.initial_window}` must be at most `final_window={self.final_window}`: windows "
@@ -316,28 +248,3 @@ class SalientLoRAConfig(PeftConfig):
             raise ValueError(
                 f"`warmup_ratio={warmup}` and `allocation_ratio={allocation}` must not sum to more than 1."
             )
-
-    def _check_modules(self) -> None:
-        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
-            raise ValueError(
-                "`layers_to_transform` cannot be used when `target_modules` is a string. Give a list of names."
-            )
-        if isinstance(self.target_modules, str) and self.layers_pattern is not None:
-            raise ValueError(
-                "`layers_pattern` cannot be used when `target_modules` is a string. Give a list of names."
-            )
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError("`layers_pattern` needs `layers_to_transform`: which layers of the list to adapt.")
-        if self.bias not in ("none", "all", "salientlora_only"):
-            raise ValueError(f"`bias={self.bias!r}` must be 'none', 'all' or 'salientlora_only'.")
-
-
-def _check_int(name: str, value: Any, minimum: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
-        raise ValueError(f"`{name}={value!r}` must be an integer of {minimum} or more.")
-
-
-def _check_number(name: str, value: Any, legal: Callable[[float], bool], text: str) -> None:
-    number = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not number or not legal(value):
-        raise ValueError(f"`{name}={value!r}` must be a number {text}.")
