@@ -1,6 +1,7 @@
 # Copyright 2026 The peft_rank authors. Licensed under the Apache License, Version 2.0.
 """Adaptive ranks for PEFT: importing this package registers its tuner types."""
 
+from .calibration import CalibrationStatistics, calibrate
 from .callbacks import RankAllocationCallback
 from .export import export_lora
 from .export.card import register_model_card
@@ -10,9 +11,11 @@ from .tuners.salientlora import SalientLoRAConfig, SalientLoRAModel
 
 
 __all__ = [
+    "CalibrationStatistics",
     "RankAllocationCallback",
     "SalientLoRAConfig",
     "SalientLoRAModel",
+    "calibrate",
     "export_lora",
     "get_rank_pattern",
     "plot_ranks",
