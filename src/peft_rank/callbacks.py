@@ -18,8 +18,7 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .ranks import get_rank_pattern
-from .tuners.adaptive import AdaptiveRankTuner
-from .tuners.salientlora.layer import SalientLoRALayer
+from .tuners.adaptive import AdaptiveRankTuner, RankLayer
 
 
 RANKS_FILE = "ranks.jsonl"
@@ -210,7 +209,7 @@ def _find_tuner(model: nn.Module) -> AdaptiveRankTuner:
     tuner = next((module for module in model.modules() if isinstance(module, AdaptiveRankTuner)), None)
     if tuner is not None:
         return tuner
-    if any(isinstance(module, SalientLoRALayer) for module in model.modules()):
+    if any(isinstance(module, RankLayer) for module in model.modules()):
         raise RuntimeError(
             "The model holds the layers of the adapter without its tuner, so that its ranks cannot be allocated: it was "
             "added with `model.add_adapter` or `inject_adapter_in_model`, or it is a `PeftMixedModel`. Use `get_peft_model(model, config)`, or train without RankAllocationCallback."

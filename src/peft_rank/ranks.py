@@ -5,14 +5,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterable
-from typing import Literal, overload
+from typing import Literal, TypeVar, overload
 
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
+from .tuners.adaptive import RankLayer
 from .tuners.salientlora.checkpoint import exact_pattern, plain_name
-from .tuners.salientlora.layer import SalientLoRALayer
+
+
+LayerT = TypeVar("LayerT", bound=RankLayer)
 
 
 @overload
@@ -84,31 +87,35 @@ def bare_model(model: nn.Module) -> nn.Module:
     return getattr(model, "_orig_mod", model)
 
 
-def adapter_layers(model: nn.Module, adapter_name: str | None = None) -> tuple[str, dict[str, SalientLoRALayer]]:
+def adapter_layers(
+    model: nn.Module, adapter_name: str | None = None, layer_class: type[LayerT] = RankLayer
+) -> tuple[str, dict[str, LayerT]]:
     """
     The layers that hold an adapter.
 
     Args:
         model (`torch.nn.Module`): A model with an adapter of this package.
         adapter_name (`str`, *optional*): The adapter, by default the first active one.
+        layer_class (`type`): Only layers of this method.
 
     Returns:
-        `tuple[str, dict[str, SalientLoRALayer]]`: The adapter's name, and its layers by module name in the base model.
+        `tuple[str, dict[str, RankLayer]]`: The adapter's name, and its layers by module name in the base model.
 
     Raises:
         TypeError: If the model has no such adapter.
     """
     modules = bare_model(model).named_modules()
-    layers = {plain_name(name): module for name, module in modules if isinstance(module, SalientLoRALayer)}
+    layers = {plain_name(name): module for name, module in modules if isinstance(module, layer_class)}
     if not layers:
+        kind = "" if layer_class is RankLayer else f" made of {layer_class.__name__}"
         raise TypeError(
-            f"{type(model).__name__} has no adapter of peft_rank. Pass what `get_peft_model` or "
+            f"{type(model).__name__} has no adapter of peft_rank{kind}. Pass what `get_peft_model` or "
             "`PeftModel.from_pretrained` returned."
         )
     if adapter_name is None:
         adapter_name = next(iter(layers.values())).active_adapters[0]
-    found = {name: layer for name, layer in layers.items() if adapter_name in layer.salientlora_A}
+    found = {name: layer for name, layer in layers.items() if adapter_name in layer.adapters()}
     if not found:
-        known = sorted({name for layer in layers.values() for name in layer.salientlora_A})
+        known = sorted({name for layer in layers.values() for name in layer.adapters()})
         raise TypeError(f"The model has no adapter {adapter_name!r}; its adapters are {', '.join(known)}.")
     return adapter_name, found

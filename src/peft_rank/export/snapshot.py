@@ -112,7 +112,7 @@ def read_model(model: nn.Module, adapter_name: str | None = None) -> AdapterSnap
         RuntimeError: If its parameters are sharded over processes.
     """
     model = bare_model(model)
-    adapter_name, layers = adapter_layers(model, adapter_name)
+    adapter_name, layers = adapter_layers(model, adapter_name, SalientLoRALayer)
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
         raise ValueError(
             f"The adapter {adapter_name!r} is merged into the base weights. Call `model.unmerge_adapter()` first."
@@ -220,7 +220,7 @@ def summarize_model(model: nn.Module, adapter_name: str) -> AdapterSummary:
         TypeError: If the model has no such adapter.
     """
     model = bare_model(model)
-    adapter_name, layers = adapter_layers(model, adapter_name)
+    adapter_name, layers = adapter_layers(model, adapter_name, SalientLoRALayer)
     ranks = {name: layer.rank(adapter_name) for name, layer in layers.items()}
     parameters = sum(ranks[name] * (layer.in_features + 1 + layer.out_features) for name, layer in layers.items())
     others = list(dict.fromkeys(_trained_beside(model, layers.values(), adapter_name)))

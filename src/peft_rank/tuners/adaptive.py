@@ -4,14 +4,31 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from collections.abc import Collection
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from torch import nn
 from torch.optim import Optimizer
 
 
 ShrinkPolicy = Literal["each", "last"]
+
+
+class RankLayer(BaseTunerLayer):
+    """A layer whose adapters have ranks. The first of `adapter_layer_names` is keyed by all of them."""
+
+    in_features: int
+    out_features: int
+
+    def adapters(self) -> Collection[str]:
+        """Names of the adapters that this layer holds."""
+        return getattr(self, self.adapter_layer_names[0]).keys()
+
+    @abstractmethod
+    def rank(self, adapter_name: str) -> int:
+        """Number of ranks that the adapter keeps."""
 
 
 class AdaptiveRankTuner(BaseTuner):
@@ -32,6 +49,48 @@ class AdaptiveRankTuner(BaseTuner):
         >>> tuner.finalize(optimizer)
         ```
     """
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # injection, which the base class starts, needs it
+        self._layers: dict[str, dict[str, RankLayer]] = {}
+        super().__init__(*args, **kwargs)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        self._layers.clear()
+        self.peft_config[adapter_name].forget_ranks()
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self._layers.clear()
+
+    def adapter_layers(self, adapter_name: str) -> dict[str, RankLayer]:
+        """The layers that hold the adapter, by module name in the base model, in injection order."""
+        if adapter_name not in self._layers:
+            self._layers[adapter_name] = {
+                name: module
+                for name, module in self.model.named_modules()
+                if isinstance(module, self.tuner_layer_cls) and adapter_name in module.adapters()
+            }
+        return self._layers[adapter_name]
+
+    def _trained_adapters(self) -> list[str]:
+        """Active adapters whose factors are being trained."""
+        return [
+            name
+            for name in self.active_adapters
+            if any(
+                getattr(layer, layer.adapter_layer_names[0])[name].requires_grad
+                for layer in self.adapter_layers(name).values()
+            )
+        ]
+
+    def _check_trained(self) -> None:
+        if not self._trained_adapters():
+            raise RuntimeError(
+                f"None of the active adapters ({', '.join(self.active_adapters)}) is trained, so that nothing can be "
+                "allocated. Load the adapter with `is_trainable=True`, or activate the one to train with `set_adapter`."
+            )
 
     @abstractmethod
     def restart_allocation(self) -> None:
@@ -63,13 +122,13 @@ class AdaptiveRankTuner(BaseTuner):
     def update_and_allocate(
         self, global_step: int, optimizer: Optimizer | None = None, shrink: ShrinkPolicy = "each"
     ) -> bool:
-        """Record the state after an optimizer step and, if a decision is due, prune: after `optimizer.step()`, before
-        `zero_grad()`. Calling it again for the same step does nothing.
+        """Record the state after an optimizer step and, if a decision is due, change the ranks: after
+        `optimizer.step()`, before `zero_grad()`. Calling it again for the same step does nothing.
 
         Args:
             global_step (`int`): Number of completed optimizer steps, from 1; with 0 nothing happens.
-            optimizer (`Optimizer`, *optional*): Given, pruned ranks and their moments are removed at once, where that is
-                exact; otherwise they are masked and removed by `finalize`.
+            optimizer (`Optimizer`, *optional*): Given, parameters and moments follow the ranks at once, where that is
+                exact; otherwise pruned ranks are masked and removed by `finalize`. Ranks that grow need it.
             shrink (`str`): `"each"` removes at each decision, `"last"` only at the last one (for compiled models, which
                 recompile every time).
 
@@ -88,7 +147,7 @@ class AdaptiveRankTuner(BaseTuner):
 
     @abstractmethod
     def finalize(self, optimizer: Optimizer | None = None, compact: bool = True) -> None:
-        """Finish the allocation: meet the budget exactly, remove pruned ranks, write `rank_pattern`.
+        """Finish the allocation: meet the budget exactly, remove what is not kept, write `rank_pattern`.
 
         Args:
             optimizer (`Optimizer`, *optional*): As in `update_and_allocate`.
@@ -102,7 +161,7 @@ class AdaptiveRankTuner(BaseTuner):
     @property
     @abstractmethod
     def allocation_finished(self) -> bool:
-        """Whether every trained adapter meets its budget."""
+        """Whether every trained adapter has the ranks that it ends with."""
 
     @abstractmethod
     def check_resumed(self, global_step: int, checkpoint: Path | None = None) -> None:
@@ -118,5 +177,5 @@ class AdaptiveRankTuner(BaseTuner):
 
     @abstractmethod
     def rank_summary(self) -> dict[str, float]:
-        """Scalars to log: `rank/total`, `rank/mean`, `rank/budget`, `orthogonality`, `allocation/window` and
-        `parameters/trainable`."""
+        """Scalars to log: `rank/total`, `rank/mean`, `rank/budget` and `parameters/trainable`, and those of the method,
+        such as `orthogonality` and `allocation/window`."""

@@ -4,18 +4,18 @@
 from __future__ import annotations
 
 import math
-import warnings
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from peft.tuners._buffer_dict import BufferDict
-from peft.tuners.tuners_utils import BaseTunerLayer, _get_in_out_features, check_adapters_to_merge
+from peft.tuners.tuners_utils import _get_in_out_features
 from peft.utils import quantization_extra_repr, resolve_quantization_backend
 from peft.utils.integrations import check_deepspeed_zero3_enabled
 from peft.utils.other import transpose
 from torch import nn
 
+from ..additive import AdditiveLayer
 from ..shrinking import narrow
 from .config import SalientLoRAConfig
 from .functional import AddToGradient, Factors, LinearWithUpdate, MaskRanks, PreparedUpdate, compute_dtype
@@ -26,7 +26,7 @@ from .functional import AddToGradient, Factors, LinearWithUpdate, MaskRanks, Pre
 RANK_NORM = 0.375
 
 
-class SalientLoRALayer(BaseTunerLayer):
+class SalientLoRALayer(AdditiveLayer):
     """State of the adapters of one module, whatever its type.
 
     Every attribute that is keyed by adapter name starts with the tuner's prefix. For an adapter of rank r, A is
@@ -198,51 +198,6 @@ class SalientLoRALayer(BaseTunerLayer):
         delta = (B.to(dtype) * (E.to(dtype) * self.salientlora_scaling[adapter_name])) @ A.to(dtype)
         return transpose(delta, self.fan_in_fan_out).to(A.dtype)
 
-    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """
-        Merge the active adapters into the base weight.
-
-        Args:
-            safe_merge (`bool`, *optional*, defaults to `False`): Merge into a copy and check it for NaNs first.
-            adapter_names (`list[str]`, *optional*): The adapters to merge, by default all active ones.
-
-        Raises:
-            ValueError: If `safe_merge` finds a merged weight that is not finite; the base weight is unchanged.
-            TypeError: If the base layer is quantized in a way that cannot be undone.
-        """
-        for active_adapter in check_adapters_to_merge(self, adapter_names):
-            if active_adapter not in self.salientlora_A:
-                continue
-            weight = self.get_base_weight()
-            merged = (weight + self.get_delta_weight(active_adapter).to(weight.device)).to(weight.dtype)
-            if safe_merge and not torch.isfinite(merged).all():
-                raise ValueError(
-                    f"NaNs detected in the merged weights. The adapter {active_adapter} seems to be broken"
-                )
-            self._store_base_weight(merged)
-            self.merged_adapters.append(active_adapter)
-
-    def unmerge(self) -> None:
-        """Take all merged adapters out of the base weight again."""
-        if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
-            return
-        while self.merged_adapters:
-            active_adapter = self.merged_adapters.pop()
-            weight = self.get_base_weight()
-            delta = self.get_delta_weight(active_adapter).to(weight.device)
-            self._store_base_weight((weight - delta).to(weight.dtype))
-
-    def _store_base_weight(self, weight: torch.Tensor) -> None:
-        if self.quantization_backend is None:
-            # in place, so that a weight that is tied or shared with other processes stays so
-            self.get_base_layer().weight.data.copy_(weight)
-        else:
-            self.set_base_weight(weight)
-
-    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        return True
-
 
 class SalientLoRALinear(nn.Module, SalientLoRALayer):
     """A linear layer, quantized or not, or a `Conv1D`, plus the updates of its active adapters."""
@@ -324,24 +279,6 @@ class SalientLoRALinear(nn.Module, SalientLoRALayer):
             return result
         A, E, B = self.salientlora_A[adapter_name], self.salientlora_E[adapter_name], self.salientlora_B[adapter_name]
         return result + (A.sum() + E.sum() + B.sum()).to(result.dtype)
-
-    def _mixed_batch_forward(
-        self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
-    ) -> torch.Tensor:
-        if len(x) != len(adapter_names):
-            raise ValueError(
-                "Length of `adapter_names` should be the same as the number of inputs, but got "
-                f"{len(adapter_names)} and {len(x)} respectively."
-            )
-        if self.merged:
-            raise ValueError(
-                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
-            )
-        result = self.base_layer(x, *args, **kwargs).clone()
-        for name in sorted(set(adapter_names) & set(self.salientlora_A.keys())):
-            rows = [row for row, wanted in enumerate(adapter_names) if wanted == name]
-            result[rows] = self._add_update(result[rows], x[rows], name)
-        return result
 
     def __repr__(self) -> str:
         return "salientlora." + super().__repr__()

@@ -4,30 +4,24 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
-    AuxiliaryTrainingWrapper,
     get_quantization_kwargs,
-    resolve_quantization_backend,
 )
 from peft.utils.other import get_pattern_key
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
+from ..additive import AdditiveTuner, check_linear
 from .checkpoint import check_widths, plain_name, to_checkpoint
 from .config import SalientLoRAConfig
 from .layer import SalientLoRALayer, SalientLoRALinear
 from .training import SalientLoRATraining
 
 
-class SalientLoRAModel(SalientLoRATraining):
+class SalientLoRAModel(AdditiveTuner, SalientLoRATraining):
     """
     Adapts a model by `W + lora_alpha / init_r * B diag(E) A` and prunes the ranks while it trains (SalientLoRA, NeurIPS
     2024).
@@ -85,64 +79,8 @@ class SalientLoRAModel(SalientLoRATraining):
     def _create_new_module(
         config: SalientLoRAConfig, adapter_name: str, target: nn.Module, **kwargs: Any
     ) -> SalientLoRALinear:
-        base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        transposed = isinstance(base, Conv1D)
-        if not transposed and not isinstance(base, nn.Linear):
-            backend = resolve_quantization_backend(base, **kwargs)
-            if backend is None or backend.layer_type != "linear":
-                raise TypeError(
-                    f"Target module {target} is not supported. Currently, only `torch.nn.Linear` (optionally quantized) "
-                    "and `transformers.pytorch_utils.Conv1D` are supported. Leave it out of `target_modules`, or name "
-                    "it in `exclude_modules`."
-                )
-        if config.fan_in_fan_out != transposed:
-            warnings.warn(
-                f"fan_in_fan_out is set to {config.fan_in_fan_out} but the target module is `{type(base).__name__}`. "
-                f"Setting fan_in_fan_out to {transposed}.",
-                stacklevel=2,
-            )
-            config.fan_in_fan_out = transposed
+        config.fan_in_fan_out = check_linear(target, config.fan_in_fan_out, **kwargs)
         return SalientLoRALinear(target, adapter_name, config=config, **kwargs)
-
-    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
-        if isinstance(new_module, SalientLoRALayer):
-            super()._replace_module(parent, child_name, new_module, child)
-        else:
-            # put back when unloading: the base class would look for a weight, which a pooler in `modules_to_save` has not
-            setattr(parent, child_name, new_module)
-
-    @contextmanager
-    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Hand `adapter_names` of a mixed-batch inference down to the layers."""
-        adapter_names = kwargs.pop("adapter_names", None)
-        if adapter_names is None:
-            yield
-            return
-        if self.training:
-            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
-        layers = [m for m in self.modules() if isinstance(m, SalientLoRALayer)]
-        known = {name for layer in layers for name in layer.salientlora_A} | {"__base__"}
-        unknown = set(adapter_names) - known
-        if unknown:
-            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
-
-        receivers = [m for m in self.modules() if isinstance(m, (SalientLoRALayer, AuxiliaryTrainingWrapper))]
-        beams = kwargs.get("num_beams") or 1
-        in_encoder: set[nn.Module] = set()
-        if beams > 1 and self.get_model_config(self.model).get("is_encoder_decoder"):
-            # beams repeat the samples in the decoder only
-            in_encoder = set(self.model.get_encoder().modules())
-        repeated = [name for name in adapter_names for _ in range(beams)]
-        handles = []
-        for module in receivers:
-            names = adapter_names if module in in_encoder else repeated
-            hook = partial(_pass_adapter_names, adapter_names=names)
-            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
@@ -188,11 +126,6 @@ class SalientLoRAModel(SalientLoRATraining):
         if tuner is not None and adapter_name in tuner._allocators:
             tuner._prune(adapter_name, tuner._allocators[adapter_name].alive)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-
-
-def _pass_adapter_names(module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: list[str]):
-    kwargs["adapter_names"] = adapter_names
-    return args, kwargs
 
 
 def _find_tuner(cls: type[SalientLoRAModel], model: nn.Module) -> SalientLoRAModel | None:

@@ -32,30 +32,13 @@ class SalientLoRATraining(AdaptiveRankTuner):
     """What a training loop calls, over the allocator of each adapter."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        # injection, which the base class starts, needs both
+        # injection, which the base class starts, needs it
         self._allocators: dict[str, RankAllocator] = {}
-        self._layers: dict[str, dict[str, SalientLoRALayer]] = {}
         super().__init__(*args, **kwargs)
-
-    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        self._layers.clear()
-        self.peft_config[adapter_name].forget_ranks()
-        super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
-        self._layers.clear()
         self._allocators.pop(adapter_name, None)
-
-    def adapter_layers(self, adapter_name: str) -> dict[str, SalientLoRALayer]:
-        """The layers that hold the adapter, by module name in the base model, in injection order."""
-        if adapter_name not in self._layers:
-            self._layers[adapter_name] = {
-                name: module
-                for name, module in self.model.named_modules()
-                if isinstance(module, SalientLoRALayer) and adapter_name in module.salientlora_A
-            }
-        return self._layers[adapter_name]
 
     def allocator(self, adapter_name: str) -> RankAllocator:
         """The allocator of the adapter, made on first use."""
@@ -63,14 +46,6 @@ class SalientLoRATraining(AdaptiveRankTuner):
             sizes = [layer.salientlora_r[adapter_name] for layer in self.adapter_layers(adapter_name).values()]
             self._allocators[adapter_name] = RankAllocator(self.peft_config[adapter_name], sizes)
         return self._allocators[adapter_name]
-
-    def _trained_adapters(self) -> list[str]:
-        """Active adapters whose factors are being trained."""
-        return [
-            name
-            for name in self.active_adapters
-            if any(layer.salientlora_A[name].requires_grad for layer in self.adapter_layers(name).values())
-        ]
 
     def _allocating_adapters(self) -> list[str]:
         return [name for name in self._trained_adapters() if self.peft_config[name].allocates]
@@ -81,11 +56,7 @@ class SalientLoRATraining(AdaptiveRankTuner):
 
     def resolve_schedule(self, total_steps: int) -> str:
         plans = []
-        if not self._trained_adapters():
-            raise RuntimeError(
-                f"None of the active adapters ({', '.join(self.active_adapters)}) is trained, so that nothing can be "
-                "allocated. Load the adapter with `is_trainable=True`, or activate the one to train with `set_adapter`."
-            )
+        self._check_trained()
         for name in self._trained_adapters():
             allocator = self.allocator(name)
             # checkpoints of a further training fit its parameters, masked ranks included

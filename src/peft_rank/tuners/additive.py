@@ -1,0 +1,179 @@
+# Copyright 2026 The peft_rank authors. Licensed under the Apache License, Version 2.0.
+"""Adapters that add an update of changing rank to a linear map: what does not depend on how the update is factored."""
+
+from __future__ import annotations
+
+import warnings
+from abc import abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from peft.utils import AuxiliaryTrainingWrapper, resolve_quantization_backend
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from .adaptive import RankLayer
+
+
+class AdditiveLayer(RankLayer):
+    """A layer that adds the updates of its adapters to the output of a base layer."""
+
+    merged_adapters: list[str]
+
+    @abstractmethod
+    def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
+        """The update of the base weight, in its layout."""
+
+    @abstractmethod
+    def _add_update(self, result: torch.Tensor, x: torch.Tensor, adapter_name: str) -> torch.Tensor:
+        """`result` plus the update's output for `x`, in the dtype of `result`."""
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """
+        Merge the active adapters into the base weight.
+
+        Args:
+            safe_merge (`bool`, *optional*, defaults to `False`): Merge into a copy and check it for NaNs first.
+            adapter_names (`list[str]`, *optional*): The adapters to merge, by default all active ones.
+
+        Raises:
+            ValueError: If `safe_merge` finds a merged weight that is not finite; the base weight is unchanged.
+            TypeError: If the base layer is quantized in a way that cannot be undone.
+        """
+        for active_adapter in check_adapters_to_merge(self, adapter_names):
+            if active_adapter not in self.adapters():
+                continue
+            weight = self.get_base_weight()
+            merged = (weight + self.get_delta_weight(active_adapter).to(weight.device)).to(weight.dtype)
+            if safe_merge and not torch.isfinite(merged).all():
+                raise ValueError(
+                    f"NaNs detected in the merged weights. The adapter {active_adapter} seems to be broken"
+                )
+            self._store_base_weight(merged)
+            self.merged_adapters.append(active_adapter)
+
+    def unmerge(self) -> None:
+        """Take all merged adapters out of the base weight again."""
+        if not self.merged:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        while self.merged_adapters:
+            active_adapter = self.merged_adapters.pop()
+            weight = self.get_base_weight()
+            delta = self.get_delta_weight(active_adapter).to(weight.device)
+            self._store_base_weight((weight - delta).to(weight.dtype))
+
+    def _store_base_weight(self, weight: torch.Tensor) -> None:
+        if self.quantization_backend is None:
+            # in place, so that a weight that is tied or shared with other processes stays so
+            self.get_base_layer().weight.data.copy_(weight)
+        else:
+            self.set_base_weight(weight)
+
+    def _mixed_batch_forward(
+        self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
+    ) -> torch.Tensor:
+        if len(x) != len(adapter_names):
+            raise ValueError(
+                "Length of `adapter_names` should be the same as the number of inputs, but got "
+                f"{len(adapter_names)} and {len(x)} respectively."
+            )
+        if self.merged:
+            raise ValueError(
+                "Cannot pass `adapter_names` when there are merged adapters, please call `unmerge_adapter` first."
+            )
+        result = self.base_layer(x, *args, **kwargs).clone()
+        for name in sorted(set(adapter_names) & set(self.adapters())):
+            rows = [row for row, wanted in enumerate(adapter_names) if wanted == name]
+            result[rows] = self._add_update(result[rows], x[rows], name)
+        return result
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        return True
+
+
+class AdditiveTuner(BaseTuner):
+    """PEFT's side of a tuner with `AdditiveLayer`s: wrapping, and batches that mix adapters."""
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        if isinstance(new_module, AdditiveLayer):
+            super()._replace_module(parent, child_name, new_module, child)
+        else:
+            # put back when unloading: the base class would look for a weight, which a pooler in `modules_to_save` has not
+            setattr(parent, child_name, new_module)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Hand `adapter_names` of a mixed-batch inference down to the layers."""
+        adapter_names = kwargs.pop("adapter_names", None)
+        if adapter_names is None:
+            yield
+            return
+        if self.training:
+            raise ValueError("Cannot pass `adapter_names` when the model is in training mode.")
+        layers = [m for m in self.modules() if isinstance(m, AdditiveLayer)]
+        known = {name for layer in layers for name in layer.adapters()} | {"__base__"}
+        unknown = set(adapter_names) - known
+        if unknown:
+            raise ValueError(f"Trying to infer with non-existing adapter(s): {', '.join(sorted(unknown))}")
+
+        receivers = [m for m in self.modules() if isinstance(m, (AdditiveLayer, AuxiliaryTrainingWrapper))]
+        beams = kwargs.get("num_beams") or 1
+        in_encoder: set[nn.Module] = set()
+        if beams > 1 and self.get_model_config(self.model).get("is_encoder_decoder"):
+            # beams repeat the samples in the decoder only
+            in_encoder = set(self.model.get_encoder().modules())
+        repeated = [name for name in adapter_names for _ in range(beams)]
+        handles = []
+        for module in receivers:
+            names = adapter_names if module in in_encoder else repeated
+            hook = partial(_pass_adapter_names, adapter_names=names)
+            handles.append(module.register_forward_pre_hook(hook, with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+def _pass_adapter_names(module: nn.Module, args: Any, kwargs: dict[str, Any], adapter_names: list[str]):
+    kwargs["adapter_names"] = adapter_names
+    return args, kwargs
+
+
+def check_linear(target: nn.Module, fan_in_fan_out: bool, **kwargs: Any) -> bool:
+    """
+    Make sure that a module can be adapted.
+
+    Args:
+        target (`torch.nn.Module`): The module, or a tuner's layer around it.
+        fan_in_fan_out (`bool`): What the configuration says of the weight's layout.
+        kwargs: What `get_quantization_kwargs` returned.
+
+    Returns:
+        `bool`: Whether the weight is (in, out); a warning says so where the configuration has it wrong.
+
+    Raises:
+        TypeError: If the module is neither linear (quantized or not) nor a `Conv1D`.
+    """
+    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    transposed = isinstance(base, Conv1D)
+    if not transposed and not isinstance(base, nn.Linear):
+        backend = resolve_quantization_backend(base, **kwargs)
+        if backend is None or backend.layer_type != "linear":
+            raise TypeError(
+                f"Target module {target} is not supported. Currently, only `torch.nn.Linear` (optionally quantized) "
+                "and `transformers.pytorch_utils.Conv1D` are supported. Leave it out of `target_modules`, or name "
+                "it in `exclude_modules`."
+            )
+    if fan_in_fan_out != transposed:
+        warnings.warn(
+            f"fan_in_fan_out is set to {fan_in_fan_out} but the target module is `{type(base).__name__}`. "
+            f"Setting fan_in_fan_out to {transposed}.",
+            stacklevel=2,
+        )
+    return transposed
