@@ -5,6 +5,8 @@ from .calibration import CalibrationStatistics, calibrate
 from .callbacks import RankAllocationCallback
 from .export import export_lora
 from .export.card import register_model_card
+from .export.compressed import densify, load_compressed, save_compressed
+from .export.quantizer import register_low_rank
 from .ranks import get_rank_pattern
 from .reporting import plot_ranks, rank_table
 from .tuners.salientlora import SalientLoRAConfig, SalientLoRAModel
@@ -16,10 +18,14 @@ __all__ = [
     "SalientLoRAConfig",
     "SalientLoRAModel",
     "calibrate",
+    "densify",
     "export_lora",
     "get_rank_pattern",
+    "load_compressed",
     "plot_ranks",
     "rank_table",
+    "save_compressed",
 ]
 
 register_model_card()
+register_low_rank()

@@ -27,13 +27,20 @@ from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from peft_rank.reporting import rank_grid
 from peft_rank.tuners.salientlora import SalientLoRAConfig
 
+from .directory import CompressedSummary
 from .snapshot import AdapterSummary, summarize_model
 
 
 CARD_NAME = "README.md"
 START, END = "<!-- peft_rank: start -->", "<!-- peft_rank: end -->"
-TAGS = ("peft_rank", "adaptive-rank")
+ADAPTER_TAGS = ("peft_rank", "adaptive-rank", "salientlora")
+COMPRESSED_TAGS = ("peft_rank", "low-rank", "compressed")
 HERE = "path/or/repository-of-this-adapter"
+MODEL_HERE = "path/or/repository-of-this-model"
+LOADING = (
+    "`pip install peft-rank` provides the package. `load_compressed` makes sure that every weight came from these files. "
+    "After `import peft_rank`, which has to come first, the classes of transformers and `pipeline` load the model, too:"
+)
 
 
 # ---- the extension of PEFT ----
@@ -74,7 +81,9 @@ def _write_card(
         summaries = {name: summarize_model(model, name) for name in adapters}
         base_model = card.data.base_model or next(iter(adapters.values())).base_model_name_or_path
         # on the disk PEFT's own entry stands, a local folder too; the Hub refuses what is no repository
-        _put_data(card, base_model if location == HERE else _repository(base_model), tags or [])
+        _put_data(
+            card, "peft", base_model if location == HERE else _repository(base_model), [*(tags or []), *ADAPTER_TAGS]
+        )
         _put_section(card, _adapter_section(summaries, location))
         card.save(path)
     except Exception as error:  # noqa: BLE001 - whatever it is, the adapter is still to be saved
@@ -99,7 +108,7 @@ def lora_card(summary: AdapterSummary, config: LoraConfig, path: Path) -> ModelC
     """
     card = ModelCard.load(path) if path.exists() else ModelCard("---\n{}\n---\n\n# LoRA adapter\n")
     base = config.base_model_name_or_path
-    _put_data(card, _repository(base), ["lora"])
+    _put_data(card, "peft", _repository(base), ["lora", *ADAPTER_TAGS])
     rows = {
         "format": "plain LoRA, converted exactly from SalientLoRA",
         "base model": f"`{base}`" if base else "not recorded",
@@ -121,6 +130,44 @@ def lora_card(summary: AdapterSummary, config: LoraConfig, path: Path) -> ModelC
             f"--lora-modules adapter={HERE}\n```"
         )
     parts += ["### Ranks", rank_grid(summary.ranks).markdown()]
+    _put_section(card, "\n\n".join(parts))
+    return card
+
+
+def compressed_card(summary: CompressedSummary, path: Path, location: str = MODEL_HERE) -> ModelCard:
+    """
+    The card of a compressed model.
+
+    Args:
+        summary (`CompressedSummary`): The model.
+        path (`Path`): A card that is there already keeps its text outside of our section.
+        location (`str`): Where readers will find the model.
+    """
+    card = ModelCard.load(path) if path.exists() else ModelCard("---\n{}\n---\n\n# Compressed model\n")
+    base = summary.base_model
+    _put_data(card, "transformers", _repository(base), [*COMPRESSED_TAGS])
+    method = summary.facts.get("method")
+    rows = {
+        "method": f"low-rank factors, {method}" if method else "low-rank factors",
+        "dense model": f"`{base}`" if base else "not recorded",
+        "parameters": f"{summary.parameters:,}, {summary.ratio:.1%} of {summary.dense_parameters:,}",
+        "modules": f"{len(summary.ranks)} of limited rank, total rank {sum(summary.ranks.values())}",
+        "size": f"{summary.bytes / 1e6:.3g} MB",
+        "versions": _versions(),
+    }
+    by_class = f'model = transformers.{summary.architecture}.from_pretrained("{location}")'
+    parts = [
+        "## Compressed by peft_rank",
+        _table(rows),
+        "### Load",
+        f'```python\nimport peft_rank\nmodel = peft_rank.load_compressed("{location}")\n```',
+        LOADING,
+        f"```python\nimport peft_rank, transformers\n{by_class}\n```",
+        "To do without the package, write the model dense once. It is as large as the original then:",
+        '```python\npeft_rank.densify(model).save_pretrained("dense")\n```',
+        "### Ranks",
+        rank_grid(summary.ranks).markdown(),
+    ]
     _put_section(card, "\n\n".join(parts))
     return card
 
@@ -154,20 +201,24 @@ def _facts(summary: AdapterSummary) -> dict[str, str]:
     modules, config = len(summary.ranks), summary.config
     budget = f"{config.target_r} a module on average, {summary.target_total} in {modules} modules"
     left = f"{summary.total}, {summary.total / modules:.4g} a module, largest {max(summary.ranks.values())}"
-    versions = {
-        "peft_rank": importlib.metadata.version("peft-rank"),
-        "peft": peft.__version__,
-        "transformers": transformers.__version__,
-        "torch": torch.__version__,
-    }
     return {
         "budget": budget if config.allocates else "fixed ranks, no allocation",
         "total rank": left if summary.finished else f"{left}; **the allocation has not finished**",
         "trainable parameters": f"{summary.parameters + summary.other_parameters:,}, "
         f"{summary.parameters:,} of them in the factors",
         "size": f"{summary.bytes / 1e6:.3g} MB",
-        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "versions": _versions(),
     }
+
+
+def _versions() -> str:
+    versions = {
+        "peft_rank": importlib.metadata.version("peft-rank"),
+        "peft": peft.__version__,
+        "transformers": transformers.__version__,
+        "torch": torch.__version__,
+    }
+    return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
 def _table(rows: dict[str, str]) -> str:
@@ -187,11 +238,11 @@ def auto_class(config: SalientLoRAConfig | LoraConfig) -> type:
     return getattr(peft, f"Auto{model_class.__name__}")
 
 
-def _put_data(card: ModelCard, base_model: str | list[str] | None, tags: list[str]) -> None:
+def _put_data(card: ModelCard, library: str, base_model: str | list[str] | None, tags: list[str]) -> None:
     data: ModelCardData = card.data
-    data.library_name = "peft"
+    data.library_name = library
     data.base_model = base_model
-    tags = {*(data.tags or []), *tags, *TAGS, "salientlora"}
+    tags = {*(data.tags or []), *tags}
     if data.base_model is None:
         tags = {tag for tag in tags if not tag.startswith("base_model:")}
     data.tags = sorted(tags)

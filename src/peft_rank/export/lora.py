@@ -8,7 +8,6 @@ Readers of LoRA disagree about the scale where ranks differ between modules. Her
 from __future__ import annotations
 
 import os
-import shutil
 import warnings
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from peft_rank.ranks import exact_modules
 from peft_rank.tuners.salientlora.checkpoint import PEFT_PREFIX, exact_pattern
 
 from .card import CARD_NAME, START, lora_card
+from .draft import draft_of
 from .snapshot import AdapterSnapshot, read_config, read_directory, read_model
 
 
@@ -101,18 +101,13 @@ def _write(snapshot: AdapterSnapshot, directory: Path, pad: bool) -> Path:
     config = _lora_config(snapshot, pad)
     tensors = _lora_tensors(snapshot, config.r if pad else None)
     names = [SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME, *_card_names(directory)]
-    # complete beside its place, then moved: a failure leaves the directory as it was
-    draft = directory.parent / f".{directory.name}.{os.getpid()}.tmp"
-    draft.mkdir(parents=True)
-    try:
+    with draft_of(directory) as draft:
         save_file(tensors, draft / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         config.save_pretrained(str(draft), auto_mapping_dict=snapshot.config.auto_mapping)
         lora_card(summary, config, directory / CARD_NAME).save(draft / CARD_NAME)
         directory.mkdir(exist_ok=True)
         for name in names:
             os.replace(draft / name, directory / name)
-    finally:
-        shutil.rmtree(draft)
     return directory
 
 
