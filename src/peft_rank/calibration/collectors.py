@@ -87,7 +87,8 @@ class InputCollector:
 
     def __init__(self, modules: dict[str, nn.Module], kind: str, masks: TokenMask) -> None:
         self.modules, self.gram, self.masks = modules, kind == "input_gram", masks
-        self.sums: dict[tuple[str, ...], tuple[Tensor, int]] = {}
+        self.sums: dict[tuple[str, ...], Tensor] = {}
+        self.tokens: Counter[str] = Counter()
         self.samples = 0
         self._recent: deque[_Seen] = deque()
         self._finite = FiniteCheck()
@@ -135,22 +136,20 @@ class InputCollector:
     def _flush(self, seen: _Seen) -> None:
         # a module that is called twice with one tensor counts twice
         for users in _rounds(seen.users):
-            total, tokens = self.sums.get(users, (None, 0))
-            total = seen.added.clone() if total is None else total.add_(seen.added.to(total.device))
-            self.sums[users] = total, tokens + seen.tokens
+            total = self.sums.get(users)
+            self.sums[users] = seen.added.clone() if total is None else total.add_(seen.added.to(total.device))
+            self.tokens.update(dict.fromkeys(users, seen.tokens))
 
-    def results(self) -> Iterator[tuple[tuple[str, ...], Tensor, int]]:
-        """Names of modules, their common mean on the CPU, and the number of tokens."""
+    def results(self) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+        """Names of modules, and their common mean, on the CPU."""
         groups: dict[tuple[tuple[str, ...], ...], list[str]] = {}
         for name in self.modules:
             groups.setdefault(tuple(users for users in self.sums if name in users), []).append(name)
         for keys, names in groups.items():
-            found = [self.sums[key] for key in keys]
-            tokens = sum(tokens for _, tokens in found)
-            if not found:
-                continue
-            total = sum((total.to(found[0][0].device) for total, _ in found[1:]), start=found[0][0])
-            yield tuple(names), (total / max(tokens, 1)).cpu(), tokens
+            if keys:
+                first, *others = (self.sums[key] for key in keys)
+                total = sum((other.to(first.device) for other in others), start=first)
+                yield tuple(names), (total / max(self.tokens[names[0]], 1)).cpu()
 
 
 def _rounds(users: list[str]) -> Iterator[tuple[str, ...]]:
@@ -264,10 +263,10 @@ class GradientCollector:
         total = self.sums.get(name)
         self.sums[name] = square if total is None else total.add_(square)
 
-    def results(self) -> Iterator[tuple[tuple[str, ...], Tensor, int]]:
-        """The name of each module, its mean on the CPU, and the number of tokens."""
+    def results(self) -> Iterator[tuple[tuple[str, ...], Tensor]]:
+        """The name of each module, and its mean, on the CPU."""
         for name, total in self.sums.items():
-            yield (name,), (total / self.samples).cpu(), self.tokens[name]
+            yield (name,), (total / self.samples).cpu()
 
 
 def _loss(outputs: Any) -> Tensor:
