@@ -9,11 +9,15 @@ from .export.compressed import densify, load_compressed, save_compressed
 from .export.quantizer import register_low_rank
 from .ranks import get_rank_pattern
 from .reporting import plot_ranks, rank_table
+from .tuners.lowrank import LowRankConfig, LowRankLinear, LowRankModel
 from .tuners.salientlora import SalientLoRAConfig, SalientLoRAModel
 
 
 __all__ = [
     "CalibrationStatistics",
+    "LowRankConfig",
+    "LowRankLinear",
+    "LowRankModel",
     "RankAllocationCallback",
     "SalientLoRAConfig",
     "SalientLoRAModel",

@@ -1,0 +1,243 @@
+# Copyright 2026 The peft_rank authors. Licensed under the Apache License, Version 2.0.
+"""Which modules of a model are factorized, at which rank, and the factors: decided before anything is replaced."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import resolve_quantization_backend
+from peft.utils.other import get_pattern_key, transpose
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+from transformers.pytorch_utils import Conv1D
+
+from ...allocation.parameters import (
+    Shape,
+    align_rank,
+    default_multiple,
+    parameter_budget,
+    spectral_ranks,
+    uniform_ranks,
+)
+from ...calibration.targets import linear, weight_of, weight_shape
+from ...decomposition import STATISTIC, Factors, decompose, weighted_spectrum
+from .config import CompressionConfig, LowRankConfig
+from .layer import FactorizedLinear
+
+
+PROGRESS_AFTER = 5  # seconds
+
+
+def check_target(name: str, module: nn.Module, **kwargs: Any) -> Shape:
+    """
+    Make sure that a module can be factorized.
+
+    Args:
+        name (`str`): Its name, for messages.
+        module (`torch.nn.Module`): The module.
+        kwargs: What `get_quantization_kwargs` returned.
+
+    Returns:
+        `tuple[int, int]`: (out, in) of its weight.
+
+    Raises:
+        TypeError: If it is neither an `nn.Linear` nor a `Conv1D`, is quantized, has an adapter of another method, or
+            does more with its weight than multiply.
+    """
+    leave = "Leave it out of `target_modules`, or name it in `exclude_modules`."
+    if isinstance(module, BaseTunerLayer) and not isinstance(module, FactorizedLinear):
+        raise TypeError(
+            f"Target module {name} has an adapter of another method ({type(module).__name__}). Merge or unload that first."
+        )
+    base = linear(module)
+    if resolve_quantization_backend(base, **kwargs) is not None:
+        raise TypeError(
+            f"Target module {name} is quantized ({type(base).__name__}), so that there is no weight to decompose. Load "
+            "the model without quantization, compress it, and quantize the factors afterwards."
+        )
+    shape = weight_shape(name, module)
+    overridden = not isinstance(base, Conv1D) and type(base).forward is not nn.Linear.forward
+    if overridden or isinstance(base, nn.modules.linear.NonDynamicallyQuantizableLinear):
+        raise TypeError(
+            f"Target module {name} is a {type(base).__name__}, which does more than a linear: factors cannot stand in for "
+            f"it. {leave}"
+        )
+    if base.weight.element_size() < 2:
+        raise TypeError(f"The weight of target module {name} is {base.weight.dtype}, too coarse to decompose. {leave}")
+    return shape
+
+
+def check_untied(names: Iterable[str], modules: Mapping[str, nn.Module], model: nn.Module) -> None:
+    """
+    Refuse modules that share their weight.
+
+    Raises:
+        ValueError: If one does, with an embedding say.
+    """
+    owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    tied = [name for name in names if owners[id(linear(modules[name]).weight)] > 1]
+    if tied:
+        raise ValueError(
+            f"The weight of {', '.join(tied)} is shared with another module of the model, as that of a head tied to the "
+            "embeddings, which would not follow. Name it in `exclude_modules`, or load the model with "
+            "`tie_word_embeddings=False`."
+        )
+
+
+def work_device(weight: Tensor) -> torch.device:
+    """Where a weight is decomposed: where it is, or on a CUDA device if there is one."""
+    if weight.device.type == "cpu" and torch.cuda.is_available():
+        return torch.device("cuda", torch.cuda.current_device())
+    return weight.device
+
+
+def multiples(modules: Mapping[str, nn.Module], shapes: Mapping[str, Shape], config: CompressionConfig) -> list[int]:
+    """`rank_multiple` of every module."""
+    if config.rank_multiple is not None:
+        return [config.rank_multiple] * len(shapes)
+    return [default_multiple(shape, work_device(linear(modules[name]).weight)) for name, shape in shapes.items()]
+
+
+def uncompressed_parameters(modules: Mapping[str, nn.Module], model: nn.Module, config: CompressionConfig) -> int:
+    """Parameters that a ratio counts besides the targeted weights: their biases, or the rest of the model, what is tied
+    once and adapters not at all."""
+    if config.ratio_scope == "targets":
+        return sum(0 if base.bias is None else base.bias.numel() for base in map(linear, modules.values()))
+    left_out = {id(linear(module).weight) for module in modules.values()}
+    for layer in model.modules():
+        if isinstance(layer, BaseTunerLayer):
+            left_out |= {id(p) for name in layer.adapter_layer_names for p in getattr(layer, name).parameters()}
+    return sum(p.numel() for p in model.parameters() if id(p) not in left_out)
+
+
+def given_ranks(shapes: Mapping[str, Shape], steps: Iterable[int], config: LowRankConfig) -> dict[str, int | None]:
+    """Ranks as the configuration says, aligned; those of a saved adapter as they are."""
+    ranks, moved = {}, set()
+    for (name, shape), multiple in zip(shapes.items(), steps, strict=True):
+        default = None if config.factors_saved else config.rank
+        rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), name), default)
+        ranks[name] = rank if rank is None or config.factors_saved else align_rank(rank, shape, multiple)
+        if ranks[name] not in (rank, None):
+            moved.add((rank, ranks[name], multiple))
+    if moved:
+        changes = ", ".join(f"{rank} to {aligned} (a multiple of {step})" for rank, aligned, step in sorted(moved))
+        warnings.warn(
+            f"Ranks were aligned to the hardware: {changes}. `rank_multiple=1` keeps them as they are.", stacklevel=2
+        )
+    return ranks
+
+
+def statistics_by_module(
+    names: Iterable[str], model: nn.Module, config: CompressionConfig
+) -> dict[str, dict[str, Tensor]]:
+    """
+    What `decompose` needs besides the weights.
+
+    Raises:
+        ValueError: If there are no statistics where some are needed, or those of another model or other modules.
+    """
+    if STATISTIC[config.decomposition] is None:
+        return {name: {} for name in names}
+    if config.statistics is None:
+        raise ValueError(
+            f"`decomposition={config.decomposition!r}` weighs by statistics, and `statistics` is None. Collect them on the "
+            "model before it is compressed: `config.statistics = peft_rank.calibrate(model, batches, config=config)`."
+        )
+    config.statistics.check(model)
+    return {name: config.statistics.for_module(name, config.decomposition) for name in names}
+
+
+def spectra(
+    modules: Mapping[str, nn.Module], statistics: Mapping[str, dict[str, Tensor]], config: CompressionConfig
+) -> list[Tensor]:
+    """Singular values of every weight in the metric of the decomposition, float64 on the CPU."""
+    values = []
+    for name, module in tqdm(modules.items(), desc="Spectra", unit="module", delay=PROGRESS_AFTER):
+        with dense_weight(module) as weight, naming(name):
+            weight = weight.to(work_device(weight))
+            values.append(
+                weighted_spectrum(weight, config.decomposition, alpha=config.alpha, **statistics[name]).cpu()
+            )
+    return values
+
+
+def choose_ranks(
+    modules: Mapping[str, nn.Module], shapes: Mapping[str, Shape], model: nn.Module, config: LowRankConfig
+) -> dict[str, int | None]:
+    """
+    A rank for every targeted module, None for those that stay dense.
+
+    Raises:
+        ValueError: If `ratio` cannot be reached, or statistics are missing.
+    """
+    steps = multiples(modules, shapes, config)
+    if config.ratio is None or config.factors_saved:
+        return given_ranks(shapes, steps, config)
+    sizes = list(shapes.values())
+    budget = parameter_budget(sizes, config.ratio, others=uncompressed_parameters(modules, model, config))
+    if config.allocation == "uniform":
+        ranks = uniform_ranks(sizes, budget, rank_multiple=steps)
+    else:
+        statistics = statistics_by_module(modules, model, config)
+        ranks = spectral_ranks(spectra(modules, statistics, config), sizes, budget, rank_multiple=steps)
+    return dict(zip(shapes, ranks, strict=True))
+
+
+def factorize(
+    ranks: Mapping[str, int], modules: Mapping[str, nn.Module], model: nn.Module, config: CompressionConfig
+) -> dict[str, Factors]:
+    """The factors of every module, in the dtype and on the device of its weight; matrix by matrix, on a CUDA device if
+    there is one."""
+    statistics = statistics_by_module(ranks, model, config)
+    factors = {}
+    for name, rank in tqdm(ranks.items(), desc="Decomposing", unit="module", delay=PROGRESS_AFTER):
+        with dense_weight(modules[name]) as weight, naming(name):
+            if weight.is_meta:
+                factors[name] = empty_factors(rank, modules[name], weight.device)
+                continue
+            found = decompose(
+                weight.to(work_device(weight)), rank, config.decomposition, alpha=config.alpha, **statistics[name]
+            )
+            factors[name] = Factors(*(factor.to(device_of(modules[name])) for factor in found))
+    return factors
+
+
+def empty_factors(rank: int, module: nn.Module, device: torch.device | None = None) -> Factors:
+    """Factors that are still to be loaded: NaN, or on the meta device."""
+    out_features, in_features = weight_shape("", module)
+    sizes = (out_features, rank), (rank, in_features)
+    like = {"dtype": linear(module).weight.dtype, "device": device_of(module) if device is None else device}
+    return Factors(*(torch.full(size, torch.nan, **like) for size in sizes))
+
+
+@contextmanager
+def dense_weight(module: nn.Module) -> Iterator[Tensor]:
+    """The weight (out, in) that factors stand in for, whatever was merged into it."""
+    if isinstance(module, FactorizedLinear):
+        yield transpose(module.original_weight(), module.fan_in_fan_out)
+        return
+    with weight_of(module) as weight:
+        yield weight
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where the module computes."""
+    if isinstance(module, FactorizedLinear):
+        return module.lowrank_device
+    with weight_of(module) as weight:
+        return weight.device
+
+
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Say in a ValueError which module it is about."""
+    try:
+        yield
+    except ValueError as error:
+        raise ValueError(f"Module {name}: {error}") from error
