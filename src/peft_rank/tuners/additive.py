@@ -8,7 +8,7 @@ from abc import abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
@@ -17,6 +17,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .adaptive import RankLayer
+
+
+TunerT = TypeVar("TunerT", bound=BaseTuner)
+LayerT = TypeVar("LayerT", bound=RankLayer)
 
 
 class AdditiveLayer(RankLayer):
@@ -73,6 +77,18 @@ class AdditiveLayer(RankLayer):
             self.get_base_layer().weight.data.copy_(weight)
         else:
             self.set_base_weight(weight)
+
+    def _gather_sharded(self, *parameters: nn.Parameter) -> None:
+        """Make the parameters, the first of which is a matrix, whole for a forward pass where ZeRO-3 partitions them."""
+        if parameters[0].dim() == 2:
+            return
+        from deepspeed.zero import register_external_parameter
+
+        # ZeRO-3 shows a placeholder for a partitioned parameter and gathers those of the running module only; once
+        # registered, it gathers these with the layer
+        for parameter in parameters:
+            register_external_parameter(self, parameter)
+            parameter.all_gather()
 
     def _mixed_batch_forward(
         self, x: torch.Tensor, *args: Any, adapter_names: list[str], **kwargs: Any
@@ -177,3 +193,17 @@ def check_linear(target: nn.Module, fan_in_fan_out: bool, **kwargs: Any) -> bool
             stacklevel=2,
         )
     return transposed
+
+
+def find_tuner(tuner_class: type[TunerT], model: nn.Module) -> TunerT | None:
+    """The tuner inside a PeftModel; None where only the layers were injected."""
+    return next((module for module in model.modules() if isinstance(module, tuner_class)), None)
+
+
+def named_layers(model: nn.Module, adapter_name: str, layer_class: type[LayerT]) -> dict[str, LayerT]:
+    """The layers that hold an adapter, by their full name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, layer_class) and adapter_name in module.adapters()
+    }

@@ -1,13 +1,17 @@
 # Copyright 2026 The peft_rank authors. Licensed under the Apache License, Version 2.0.
-"""Replaces parameters by narrower ones while an optimizer holds them."""
+"""Replaces parameters by narrower or other ones while an optimizer holds them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
+
+
+Replacement = tuple[nn.Parameter, Callable[[str, torch.Tensor], torch.Tensor | None]]
 
 
 def unwrap_optimizer(optimizer: Optimizer) -> Optimizer:
@@ -38,24 +42,44 @@ def narrow(parameter: nn.Parameter, dim: int, index: torch.Tensor) -> nn.Paramet
 
 
 @torch.no_grad()
-def swap_parameters(
-    optimizer: Optimizer, replacements: Mapping[nn.Parameter, tuple[nn.Parameter, int, torch.Tensor]]
-) -> None:
-    """Let `optimizer` go on with narrower parameters.
+def replace_parameters(optimizer: Optimizer, replacements: Mapping[nn.Parameter, Replacement]) -> None:
+    """
+    Let `optimizer` go on with other parameters.
 
     Args:
-        optimizer (`Optimizer`): Changed in place; its groups keep their order and options. State that cannot be cut is
-            dropped, so that the optimizer starts it anew.
-        replacements: For every old parameter the new one, and the `dim` and `index` that it was cut by.
+        optimizer (`Optimizer`): Changed in place; its groups keep their order and options. State that is not elementwise,
+            or that cannot be converted, is dropped, so that the optimizer starts it anew.
+        replacements: For every old parameter the new one, and what makes its elementwise state, by name, from the old
+            one's; it may return None, which drops all state of the parameter.
     """
     for group in optimizer.param_groups:
         group["params"] = [replacements[p][0] if p in replacements else p for p in group["params"]]
-    for old, (new, dim, index) in replacements.items():
+    for old, (new, convert) in replacements.items():
         if old not in optimizer.state:
             continue
-        can_slice, state = can_slice_state(optimizer, [old]), optimizer.state.pop(old)
-        if can_slice:
-            optimizer.state[new] = {
-                key: value.index_select(dim, index) if torch.is_tensor(value) and value.shape == old.shape else value
-                for key, value in state.items()
-            }
+        can_convert, state = can_slice_state(optimizer, [old]), optimizer.state.pop(old)
+        if not can_convert:
+            continue
+        elementwise = {k: convert(k, v) for k, v in state.items() if torch.is_tensor(v) and v.shape == old.shape}
+        if not any(value is None for value in elementwise.values()):
+            optimizer.state[new] = {**state, **elementwise}
+
+
+def swap_parameters(
+    optimizer: Optimizer, replacements: Mapping[nn.Parameter, tuple[nn.Parameter, int, torch.Tensor]]
+) -> None:
+    """
+    Let `optimizer` go on with narrower parameters, see `replace_parameters`.
+
+    Args:
+        optimizer (`Optimizer`): Changed in place.
+        replacements: For every old parameter the new one, and the `dim` and `index` that it was cut by.
+    """
+
+    def cut(name: str, value: torch.Tensor, dim: int, index: torch.Tensor) -> torch.Tensor:
+        return value.index_select(dim, index)
+
+    replace_parameters(
+        optimizer,
+        {old: (new, partial(cut, dim=dim, index=index)) for old, (new, dim, index) in replacements.items()},
+    )

@@ -175,21 +175,11 @@ class SalientLoRALayer(AdditiveLayer):
     def factors(self, adapter_name: str) -> Factors:
         """The factors for a forward pass: gathered, masked and, if armed, with the regularizer in their backward."""
         A, B = self.salientlora_A[adapter_name], self.salientlora_B[adapter_name]
-        if A.dim() != 2:
-            # ZeRO-3 shows a placeholder for a partitioned parameter and gathers those of the running module only;
-            # once registered, it gathers these with the layer.
-            self._register_sharded(A, self.salientlora_E[adapter_name], B)
+        self._gather_sharded(A, self.salientlora_E[adapter_name], B)
         if adapter_name in self._armed and torch.is_grad_enabled():
             A = AddToGradient.apply(A, self._armed, adapter_name, 0)
             B = AddToGradient.apply(B, self._armed, adapter_name, 1)
         return Factors(A, self.masked_E(adapter_name), B)
-
-    def _register_sharded(self, *parameters: nn.Parameter) -> None:
-        from deepspeed.zero import register_external_parameter
-
-        for parameter in parameters:
-            register_external_parameter(self, parameter)
-            parameter.all_gather()
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """`scaling * B diag(E) A` in the layout of the base weight and the dtype of A, computed in float32 at least."""

@@ -14,7 +14,7 @@ from peft.utils import (
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from ..additive import AdditiveTuner, check_linear
+from ..additive import AdditiveTuner, check_linear, find_tuner, named_layers
 from .checkpoint import check_widths, plain_name, to_checkpoint
 from .config import SalientLoRAConfig
 from .layer import SalientLoRALayer, SalientLoRALinear
@@ -92,12 +92,12 @@ class SalientLoRAModel(AdditiveTuner, SalientLoRATraining):
         cls, model: nn.Module, config: SalientLoRAConfig, adapter_name: str, *args: Any, **kwargs: Any
     ) -> dict[str, torch.Tensor]:
         selected = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
-        tuner = _find_tuner(cls, model)
+        tuner = find_tuner(cls, model)
         allocator = None
         if tuner is not None:
             tuner._warn_if_never_allocated(adapter_name)
             allocator = tuner._allocators.get(adapter_name)
-        layers = _named_layers(model, adapter_name)
+        layers = named_layers(model, adapter_name, SalientLoRALayer)
         total, target = sum(layer.rank(adapter_name) for layer in layers.values()), config.target_r * len(layers)
         if tuner is None and total > target and not config.inference_mode and config.allocation_state is None:
             warnings.warn(
@@ -112,9 +112,11 @@ class SalientLoRAModel(AdditiveTuner, SalientLoRATraining):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: SalientLoRAConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        layers = {plain_name(name): layer for name, layer in _named_layers(model, adapter_name).items()}
+        layers = {
+            plain_name(name): layer for name, layer in named_layers(model, adapter_name, SalientLoRALayer).items()
+        }
         ranks = check_widths(layers, adapter_name, state_dict)
-        tuner = _find_tuner(cls, model)
+        tuner = find_tuner(cls, model)
         if tuner is not None:
             state_key = next((key for key in state_dict if key.endswith(".salientlora_state")), None)
             state_dict = dict(state_dict)
@@ -126,16 +128,3 @@ class SalientLoRAModel(AdditiveTuner, SalientLoRATraining):
         if tuner is not None and adapter_name in tuner._allocators:
             tuner._prune(adapter_name, tuner._allocators[adapter_name].alive)
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-
-
-def _find_tuner(cls: type[SalientLoRAModel], model: nn.Module) -> SalientLoRAModel | None:
-    """The tuner inside a PeftModel; None where only the layers were injected."""
-    return next((module for module in model.modules() if isinstance(module, cls)), None)
-
-
-def _named_layers(model: nn.Module, adapter_name: str) -> dict[str, SalientLoRALayer]:
-    return {
-        name: module
-        for name, module in model.named_modules()
-        if isinstance(module, SalientLoRALayer) and adapter_name in module.salientlora_A
-    }
