@@ -12,6 +12,8 @@ from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from .tuners.adaptive import RankLayer
+from .tuners.lowrank import LowRankLinear
+from .tuners.lowrank.model import CompressionTuner
 from .tuners.salientlora.checkpoint import exact_pattern, plain_name
 
 
@@ -34,15 +36,16 @@ def get_rank_pattern(
     model: nn.Module, *, for_lora: bool = False, adapter_name: str | None = None
 ) -> dict[str, int] | tuple[dict[str, int], list[str] | str]:
     """
-    The rank of every adapted module.
+    The rank of every adapted module, or of every module of a compressed model.
 
     Args:
-        model (`torch.nn.Module`): A model with an adapter of this package.
+        model (`torch.nn.Module`): A model with an adapter of this package, or one of [`LowRankLinear`]s.
         for_lora (`bool`): Return what a `LoraConfig` takes: allocation as a search, plain LoRA as the product.
         adapter_name (`str`, *optional*): The adapter, by default the first active one.
 
     Returns:
-        `dict[str, int]`: Module name in the base model -> rank; 0 for modules that have no rank left. With
+        `dict[str, int]`: Module name in the base model -> rank; 0 for modules that have no rank left. Modules that
+        stayed dense in a compression are left out. With
         `for_lora=True` instead `(rank_pattern, exclude_modules)`: `LoraConfig` refuses rank 0, so these modules are
         excluded, by a list of their names or, where a name would exclude others too, by a regular expression.
 
@@ -56,13 +59,25 @@ def get_rank_pattern(
         >>> LoraConfig(rank_pattern=rank_pattern, exclude_modules=exclude_modules, target_modules=...)
         ```
     """
-    adapter_name, layers = adapter_layers(model, adapter_name)
-    ranks = {name: layer.rank(adapter_name) for name, layer in layers.items()}
+    ranks = _compressed_ranks(model)
+    if ranks is None:
+        adapter_name, layers = adapter_layers(model, adapter_name)
+        ranks = {name: layer.rank(adapter_name) for name, layer in layers.items()}
     if not for_lora:
         return ranks
     kept = {name: r for name, r in ranks.items() if r}
     dropped = [name for name, r in ranks.items() if not r]
     return {exact_pattern(name): r for name, r in kept.items()}, exact_modules(dropped, kept)
+
+
+def _compressed_ranks(model: nn.Module) -> dict[str, int] | None:
+    """Ranks of a model that is compressed for good or not at all, without adapters; None if it has adapters."""
+    modules = list(bare_model(model).named_modules())
+    if any(isinstance(module, RankLayer) for _, module in modules):
+        return None
+    ranks = {plain_name(name): module.rank for name, module in modules if isinstance(module, LowRankLinear)}
+    # a compression may leave every module dense
+    return ranks if ranks or any(isinstance(module, CompressionTuner) for _, module in modules) else None
 
 
 def exact_modules(names: Iterable[str], others: Collection[str]) -> list[str] | str:

@@ -28,8 +28,8 @@ class CompressionConfig(AdaptedModulesConfig):
     target_modules: list[str] | str | None = field(
         default=None,
         metadata={
-            "help": "Names of the modules to compress, a regular expression, or 'all-linear', the default: every linear but "
-            "the head."
+            "help": "Names of the modules to compress, a regular expression, or 'all-linear': every linear but the head. By "
+            "default only those that LoRA adapts in the architecture."
         },
     )
     decomposition: str = field(

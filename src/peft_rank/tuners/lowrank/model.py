@@ -11,7 +11,11 @@ from typing import Any
 import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule
-from peft.utils import AuxiliaryTrainingWrapper, get_quantization_kwargs
+from peft.utils import (
+    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
+    AuxiliaryTrainingWrapper,
+    get_quantization_kwargs,
+)
 from peft.utils.other import _get_submodules
 from torch import nn
 
@@ -35,13 +39,9 @@ class CompressionTuner(BaseTuner):
     """What tuners that put factors in the place of weights have in common."""
 
     tuner_layer_cls = FactorizedLinear
+    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     _injection: _Injection | None = None
     _finalized = False
-
-    def _prepare_adapter_config(self, peft_config: CompressionConfig, model_config: dict) -> CompressionConfig:
-        if peft_config.target_modules is None:
-            peft_config.target_modules = "all-linear"
-        return peft_config
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # the base class would move the factors to the weight, which may be offloaded
@@ -125,7 +125,7 @@ class CompressionTuner(BaseTuner):
                         f"The factors of {name} are sharded over processes. Save through the Trainer, or pass "
                         "`state_dict=accelerator.get_state_dict(engine)` to `save_pretrained`."
                     )
-                ranks[exact_pattern(plain_name(name))] = entries[key].shape[0]
+                ranks[exact_pattern(_uncompiled(plain_name(name)))] = entries[key].shape[0]
         config.write_ranks(ranks)
         return entries
 
@@ -198,7 +198,7 @@ class LowRankModel(CompressionTuner):
         if injection.factors is None:
             # only now `target_modules` is resolved; nothing has been replaced yet
             injection.factors = self._factors(config, injection)
-        factors = injection.factors.pop(current_key, None)
+        factors = injection.factors.pop(_uncompiled(current_key), None)
         if factors is None:
             return  # stays dense
         layer = target
@@ -235,11 +235,15 @@ class LowRankModel(CompressionTuner):
         return factorize(ranks, modules, self.model, config)
 
 
+def _uncompiled(name: str) -> str:
+    return name.removeprefix("_orig_mod.")
+
+
 def _ranks_in(state_dict: dict[str, torch.Tensor]) -> dict[str, int]:
     """Ranks by module name, of a state dict that modules are to be injected for."""
     ending = ".lowrank_down"
     return {
-        key.removeprefix("_orig_mod.").removesuffix(ending): tensor.shape[0]
+        _uncompiled(key).removesuffix(ending): tensor.shape[0]
         for key, tensor in state_dict.items()
         if key.endswith(ending)
     }
@@ -254,9 +258,10 @@ def _targets(model: nn.Module, config: PeftConfig, names: Iterable[str] | None) 
             continue
         if isinstance(module, BaseTunerLayer):
             adapters = (*adapters, f"{key}.")
-        found = LowRankModel._check_target_module_exists(config, key) if names is None else key in names
+        name = _uncompiled(key)
+        found = LowRankModel._check_target_module_exists(config, key) if names is None else name in names
         if found and not isinstance(found, _ExcludedModule):
-            targets[key] = module
+            targets[name] = module
     return targets
 
 
