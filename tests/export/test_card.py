@@ -6,19 +6,18 @@ from __future__ import annotations
 import importlib
 import re
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import peft
 import pytest
 import torch
 import transformers
-import transformers.utils.hub
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load, load_file
 
 import peft_rank
+from cards import Hub, run, snippets
 from peft_rank import export_lora, get_rank_pattern, rank_table
 from peft_rank.export import card as card_module
 from peft_rank.export.lora import export_lora_files
@@ -39,14 +38,6 @@ def finished(tiny: TinyModel, base: str = BASE, **overrides: Any) -> PeftModel:
     steps_by_hand(model, tiny, 1, 15, optimizer)
     model.base_model.finalize(optimizer)
     return model.eval()
-
-
-def snippets(card: ModelCard | str) -> list[str]:
-    return re.findall(r"```python\n(.*?)```", str(card), re.DOTALL)
-
-
-def run(snippet: str, names: dict[str, Any]) -> None:
-    exec(snippet, names)  # noqa: S102 - a reader of the card does the same
 
 
 def assert_tells_everything(card: ModelCard, model: PeftModel) -> None:
@@ -237,28 +228,6 @@ def test_ranks_that_vllm_takes(rank: int, expected: int) -> None:
 
 
 # ---- on the Hub ----
-
-
-class Hub:
-    """Takes what transformers and Trainer send to the Hub."""
-
-    def __init__(self) -> None:
-        self.files: dict[str, bytes] = {}
-
-    def create_repo(self, repo_id: str, **kwargs: Any) -> SimpleNamespace:
-        return SimpleNamespace(repo_id=repo_id)
-
-    def create_commit(self, repo_id: str, operations: list[Any], **kwargs: Any) -> None:
-        for operation in operations:
-            with operation.as_file() as file:
-                self.files[operation.path_in_repo] = file.read()
-
-
-@pytest.fixture
-def hub(monkeypatch: pytest.MonkeyPatch) -> Hub:
-    stand_in = Hub()
-    monkeypatch.setattr(transformers.utils.hub, "hf_api", lambda: stand_in)
-    return stand_in
 
 
 def test_push_to_hub(hub: Hub, deberta: TinyModel) -> None:

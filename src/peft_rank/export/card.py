@@ -2,7 +2,8 @@
 """Model cards: a section of `README.md` that names method, budget, ranks and versions, and how to load the adapter.
 
 PEFT writes the cards of all methods in `PeftModel.create_or_update_model_card`, which asks tuners nothing, and
-transformers' `push_to_hub` then replaces the file by a card of its own. `register_model_card` extends both.
+transformers' `push_to_hub` then replaces the file by a card of its own, of compressed models, too. `register_model_card`
+extends both.
 """
 
 from __future__ import annotations
@@ -23,11 +24,12 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from peft import LoraConfig, PeftModel
 from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
+from transformers import PreTrainedModel
 
 from peft_rank.reporting import rank_grid
 from peft_rank.tuners.salientlora import SalientLoRAConfig
 
-from .directory import CompressedSummary
+from .directory import CompressedSummary, guard, is_compressed, read_compressed
 from .snapshot import AdapterSummary, summarize_model
 
 
@@ -43,11 +45,14 @@ LOADING = (
 )
 
 
-# ---- the extension of PEFT ----
+# ---- the extension of PEFT and transformers ----
 
 
 def register_model_card() -> None:
-    """Let PEFT's model cards tell of our adapters. Repeating it changes nothing; other adapters' cards stay as they are."""
+    """
+    Let PEFT's model cards tell of our adapters, and those on the Hub of compressed models. Repeating it changes nothing;
+    cards of other adapters and models stay as they are.
+    """
     own = vars(PeftModel).get("_peft_rank_own_card")
     if own is None:
         own = PeftModel._peft_rank_own_card = PeftModel.create_or_update_model_card
@@ -63,6 +68,15 @@ def register_model_card() -> None:
 
     PeftModel.create_or_update_model_card = create_or_update_model_card
     PeftModel._upload_modified_files = _upload_modified_files
+    PreTrainedModel._upload_modified_files = _upload_compressed
+
+
+def _upload_compressed(self: PreTrainedModel, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
+    directory = Path(working_dir)
+    if is_compressed(directory):
+        guard(directory)
+        write_compressed_card(directory, directory / CARD_NAME, repo_id)
+    return super(PreTrainedModel, self)._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 
 
 def _write_card(
@@ -134,19 +148,28 @@ def lora_card(summary: AdapterSummary, config: LoraConfig, path: Path) -> ModelC
     return card
 
 
-def compressed_card(summary: CompressedSummary, path: Path, location: str = MODEL_HERE) -> ModelCard:
+def write_compressed_card(directory: Path, known: Path, location: str = MODEL_HERE) -> None:
     """
-    The card of a compressed model.
+    Write the card of a compressed model. A model is worth more than its card: here a failure only warns.
 
     Args:
-        summary (`CompressedSummary`): The model.
-        path (`Path`): A card that is there already keeps its text outside of our section.
+        directory (`Path`): The model; the card is written here.
+        known (`Path`): A card that is there already keeps its text outside of our section.
         location (`str`): Where readers will find the model.
     """
-    card = ModelCard.load(path) if path.exists() else ModelCard("---\n{}\n---\n\n# Compressed model\n")
-    base = summary.base_model
-    _put_data(card, "transformers", _repository(base), [*COMPRESSED_TAGS])
-    method = summary.facts.get("method")
+    try:
+        card = ModelCard.load(known) if known.exists() else ModelCard("---\n{}\n---\n\n# Compressed model\n")
+        summary = read_compressed(directory)
+        base_model = _repository(summary.base_model) or card.data.base_model
+        _put_data(card, "transformers", base_model, list(COMPRESSED_TAGS))
+        _put_section(card, _compressed_section(summary, location))
+        card.save(directory / CARD_NAME)
+    except Exception as error:  # noqa: BLE001 - whatever it is, the model is still to be saved
+        warnings.warn(f"There is no model card: {type(error).__name__}: {error}", stacklevel=3)
+
+
+def _compressed_section(summary: CompressedSummary, location: str) -> str:
+    base, method = summary.base_model, summary.facts.get("method")
     rows = {
         "method": f"low-rank factors, {method}" if method else "low-rank factors",
         "dense model": f"`{base}`" if base else "not recorded",
@@ -168,8 +191,7 @@ def compressed_card(summary: CompressedSummary, path: Path, location: str = MODE
         "### Ranks",
         rank_grid(summary.ranks).markdown(),
     ]
-    _put_section(card, "\n\n".join(parts))
-    return card
+    return "\n\n".join(parts)
 
 
 def _vllm_rank(rank: int) -> int:

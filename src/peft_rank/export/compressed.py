@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import copy
-import json
 import os
 import re
 import shutil
@@ -23,10 +22,10 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 from peft_rank.ranks import bare_model
 from peft_rank.tuners.lowrank.entry import low_rank_modules, read_entry, record_ranks
 
-from .card import CARD_NAME, START, compressed_card
-from .directory import not_compressed, read_compressed
+from .card import CARD_NAME, write_compressed_card
+from .directory import guard, not_compressed, read_compressed
 from .draft import draft_of
-from .quantizer import ABSENT_WEIGHTS, linear_shape
+from .quantizer import linear_shape
 
 
 # tuner types whose layers become a `LowRankLinear`
@@ -84,8 +83,7 @@ def save_compressed(
         if tokenizer is not None:
             tokenizer.save_pretrained(draft)
         guard(draft)
-        if not _foreign_card(directory):
-            compressed_card(read_compressed(draft), directory / CARD_NAME).save(draft / CARD_NAME)
+        write_compressed_card(draft, directory / CARD_NAME)
         _move(draft, directory)
     return directory
 
@@ -129,12 +127,17 @@ def _check_savable(model: PreTrainedModel) -> None:
         raise ValueError(
             f"{type(model).__name__} has no `LowRankLinear`: nothing is compressed. Save it with `model.save_pretrained`."
         )
-    shapes = {name: linear_shape(module) for name, module in _skeleton(model).named_modules()}
-    foreign = [n for n, module in modules.items() if shapes.get(n) != (module.in_features, module.out_features)]
+    originals = dict(_skeleton(model).named_modules())
+    foreign = [name for name, module in modules.items() if linear_shape(originals.get(name)) != linear_shape(module)]
     if foreign:
         raise ValueError(
-            f"{', '.join(foreign)}: a {type(model).__name__} of this configuration has no linear of the same size there, so "
-            "that loading could not build the model again."
+            f"{', '.join(foreign)}: a {type(model).__name__} of this configuration has no linear of the same sizes and bias "
+            "there, so that loading could not build the model again."
+        )
+    entry = vars(model.config).get("quantization_config")
+    if entry is not None and read_entry(model.config) is None:
+        raise ValueError(
+            f"The model is quantized, too ({entry}). A directory can name one of both only: save it unquantized."
         )
     tied = {key.rpartition(".")[0] for pair in model.all_tied_weights_keys.items() for key in pair}
     if tied & modules.keys():
@@ -148,19 +151,6 @@ def _skeleton(model: PreTrainedModel) -> PreTrainedModel:
     """The dense model without memory."""
     with torch.device("meta"):
         return type(model)(copy.deepcopy(model.config))
-
-
-def guard(directory: Path) -> None:
-    """Have `config.json` send readers that do not know of limited ranks to a file that does not exist."""
-    path = directory / CONFIG_NAME
-    config = json.loads(path.read_text(encoding="utf-8"))
-    config["transformers_weights"] = ABSENT_WEIGHTS
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def _foreign_card(directory: Path) -> bool:
-    path = directory / CARD_NAME
-    return path.exists() and START not in path.read_text(encoding="utf-8")
 
 
 def _move(draft: Path, directory: Path) -> None:

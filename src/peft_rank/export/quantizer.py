@@ -114,16 +114,17 @@ def replace_by_low_rank(model: nn.Module, ranks: Mapping[str, int]) -> None:
                 f"{name} is to be a linear of rank {rank}, but {type(model).__name__} has a {type(module).__name__} there. "
                 "Only `torch.nn.Linear` and `Conv1D` can be of limited rank."
             )
-        weight, bias = module.weight, module.bias is not None
-        model.set_submodule(name, LowRankLinear(*shape, rank, bias, device="meta", dtype=weight.dtype))
+        in_features, out_features, bias = shape
+        factors = LowRankLinear(in_features, out_features, rank, bias, device="meta", dtype=module.weight.dtype)
+        model.set_submodule(name, factors)
 
 
-def linear_shape(module: nn.Module) -> tuple[int, int] | None:
-    """Sizes of input and output of a dense linear."""
-    if isinstance(module, nn.Linear):
-        return module.in_features, module.out_features
+def linear_shape(module: nn.Module | None) -> tuple[int, int, bool] | None:
+    """Sizes of input and output of a linear, dense or of limited rank, and whether it has a bias."""
+    if isinstance(module, nn.Linear | LowRankLinear):
+        return module.in_features, module.out_features, module.bias is not None
     if isinstance(module, Conv1D):
-        return tuple(module.weight.shape)
+        return (*module.weight.shape, True)
     return None
 
 

@@ -15,6 +15,8 @@ from torch import nn
 from peft_rank.tuners.salientlora import SalientLoRAConfig
 
 from .card import auto_class
+from .compressed import load_compressed
+from .directory import is_compressed
 from .snapshot import read_directory
 
 
@@ -36,19 +38,23 @@ def compare(
     adapter: str | Path, other: str | Path, *, base_model: str | None = None, num_labels: int | None = None
 ) -> Difference:
     """
-    Compare an adapter with another form of it, both in float32 and one after the other in memory.
+    Compare an adapter or a compressed model with another form of it, both in float32 and one after the other in memory.
 
     Args:
-        adapter (`str` or `Path`): Directory of an adapter of this package.
-        other (`str` or `Path`): Directory of a plain LoRA or of any other adapter, or of a merged model.
+        adapter (`str` or `Path`): Directory of an adapter of this package, or of a compressed model.
+        other (`str` or `Path`): Directory of a plain LoRA or of any other adapter, or of a merged, compressed or dense
+            model.
         base_model (`str`, *optional*): The base model, by default the one that the adapter recorded.
         num_labels (`int`, *optional*): Labels of the classifier, by default those of the one that the adapter holds, or
             the base model's.
 
     Raises:
-        ValueError: If `adapter` holds no adapter of this package, names no base model, or does not fit it.
+        ValueError: If `adapter` holds nothing of this package, names no base model, or does not fit it.
+        RuntimeError: If a compressed model is incomplete.
         OSError: If a model cannot be loaded.
     """
+    if is_compressed(adapter):
+        return _compare_compressed(adapter, other)
     snapshot = read_directory(adapter)
     config = snapshot.config
     base_model = base_model or config.base_model_name_or_path
@@ -66,7 +72,18 @@ def compare(
         model = _with_adapter(model_class.from_pretrained(base_model, **settings), other)
     else:
         model = model_class.from_pretrained(str(other), **settings)
-    second = _outputs(model)
+    return _difference(first, _outputs(model))
+
+
+def _compare_compressed(directory: str | Path, other: str | Path) -> Difference:
+    model = load_compressed(directory, dtype=torch.float32)
+    model_class, first = type(model), _outputs(model)
+    del model
+    load = load_compressed if is_compressed(other) else model_class.from_pretrained
+    return _difference(first, _outputs(load(str(other), dtype=torch.float32)))
+
+
+def _difference(first: torch.Tensor, second: torch.Tensor) -> Difference:
     return Difference((first - second).abs().max().item(), first.abs().max().item())
 
 
