@@ -9,12 +9,18 @@ from .export.compressed import densify, load_compressed, save_compressed
 from .export.quantizer import register_low_rank
 from .ranks import get_rank_pattern
 from .reporting import plot_ranks, rank_table
+from .tuners.ars import AdaptiveRankSVDConfig, AdaptiveRankSVDModel
+from .tuners.l2lrc import L2LRCConfig, L2LRCModel
 from .tuners.lowrank import LowRankConfig, LowRankLinear, LowRankModel
 from .tuners.salientlora import SalientLoRAConfig, SalientLoRAModel
 
 
 __all__ = [
+    "AdaptiveRankSVDConfig",
+    "AdaptiveRankSVDModel",
     "CalibrationStatistics",
+    "L2LRCConfig",
+    "L2LRCModel",
     "LowRankConfig",
     "LowRankLinear",
     "LowRankModel",

@@ -133,6 +133,8 @@ class RankAllocationCallback(TrainerCallback):
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
     ) -> None:
+        if self._tuner is not None and self._tuner.should_stop:
+            control.should_training_stop = True
         if not self._is_asked_first("log", state) or not self.log or not (self._decided or control.should_log):
             return
         event = "decision" if self._decided else "log"

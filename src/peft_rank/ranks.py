@@ -11,7 +11,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
-from .tuners.adaptive import RankLayer
+from .tuners.adaptive import AdaptiveRankTuner, RankLayer
 from .tuners.lowrank import LowRankLinear
 from .tuners.lowrank.model import CompressionTuner
 from .tuners.salientlora.checkpoint import exact_pattern, plain_name
@@ -63,6 +63,8 @@ def get_rank_pattern(
     if ranks is None:
         adapter_name, layers = adapter_layers(model, adapter_name)
         ranks = {name: layer.rank(adapter_name) for name, layer in layers.items()}
+        # None: what a search leaves dense
+        ranks = {name: rank for name, rank in ranks.items() if rank is not None}
     if not for_lora:
         return ranks
     kept = {name: r for name, r in ranks.items() if r}
@@ -77,7 +79,7 @@ def _compressed_ranks(model: nn.Module) -> dict[str, int] | None:
         return None
     ranks = {plain_name(name): module.rank for name, module in modules if isinstance(module, LowRankLinear)}
     # a compression may leave every module dense
-    return ranks if ranks or any(isinstance(module, CompressionTuner) for _, module in modules) else None
+    return ranks if ranks or any(isinstance(module, (CompressionTuner, AdaptiveRankTuner)) for _, module in modules) else None
 
 
 def exact_modules(names: Iterable[str], others: Collection[str]) -> list[str] | str:

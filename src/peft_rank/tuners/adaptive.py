@@ -27,8 +27,8 @@ class RankLayer(BaseTunerLayer):
         return getattr(self, self.adapter_layer_names[0]).keys()
 
     @abstractmethod
-    def rank(self, adapter_name: str) -> int:
-        """Number of ranks that the adapter keeps."""
+    def rank(self, adapter_name: str) -> int | None:
+        """Number of ranks that the adapter keeps; None where a search leaves the module dense."""
 
 
 class AdaptiveRankTuner(BaseTuner):
@@ -162,6 +162,11 @@ class AdaptiveRankTuner(BaseTuner):
     @abstractmethod
     def allocation_finished(self) -> bool:
         """Whether every trained adapter has the ranks that it ends with."""
+
+    @property
+    def should_stop(self) -> bool:
+        """Whether the training may end early, for methods that can tell."""
+        return False
 
     @abstractmethod
     def check_resumed(self, global_step: int, checkpoint: Path | None = None) -> None:

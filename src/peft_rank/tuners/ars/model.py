@@ -1,0 +1,116 @@
+# Copyright 2026 The peft_rank authors. Licensed under the Apache License, Version 2.0.
+"""The tuner of adaptive-rank SVD."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ...allocation.masks import alignment_loss, compression_loss
+from ..lowrank.linear import LowRankLinear
+from ..search.factors import SearchFactors
+from ..search.layer import SearchLayer
+from ..search.model import RankSearchModel
+from ..search.training import pad_rows
+from .config import AdaptiveRankSVDConfig
+from .hypernetwork import OUTPUT_SIZE, Hypernetwork, PerLayerHypernetwork, apply_heads
+
+
+class AdaptiveRankSVDLayer(SearchLayer):
+    """A layer with its part of the hypernetwork: a linear head, or a network of its own."""
+
+    adapter_layer_names = ("adaptive_rank_svd_head",)
+
+    def __init__(
+        self,
+        base_layer: nn.Module,
+        adapter_name: str,
+        factors: SearchFactors | LowRankLinear | None,
+        head: nn.Module | None = None,
+    ) -> None:
+        super().__init__(base_layer, adapter_name, factors)
+        self.adaptive_rank_svd_head = nn.ModuleDict({} if head is None else {adapter_name: head})
+
+
+class AdaptiveRankSVDModel(RankSearchModel):
+    """
+    Learns how many singular values each weight keeps, with a hypernetwork (Adaptive Rank Selections, NAACL 2024).
+
+    The model in evaluation mode is the compressed one, as it would be if the search ended now; `disable_adapter` gives the
+    dense one. `finalize` makes the compression final.
+
+    Args:
+        model (`torch.nn.Module`): The model to compress.
+        peft_config ([`AdaptiveRankSVDConfig`]): The configuration.
+        adapter_name (`str`): Name of the adapter, by default `"default"`.
+        low_cpu_mem_usage (`bool`, *optional*, defaults to `False`): Create the factors on the meta device, to be loaded.
+
+    Raises:
+        TypeError: If a target module is neither an `nn.Linear` nor a `Conv1D`, or is quantized.
+        ValueError: If a ratio cannot be reached, statistics are missing, or a weight is tied or not finite. The model is
+            unchanged.
+
+    Example:
+
+        ```py
+        >>> from peft import get_peft_model
+        >>> from peft_rank import AdaptiveRankSVDConfig
+
+        >>> model = get_peft_model(model, AdaptiveRankSVDConfig(target_ratio=0.8, exclude_modules=["lm_head"]))
+        ```
+    """
+
+    prefix = "adaptive_rank_svd_"
+
+    def _wrap(
+        self,
+        config: AdaptiveRankSVDConfig,
+        adapter_name: str,
+        base: nn.Module,
+        factors: SearchFactors | LowRankLinear | None,
+    ) -> AdaptiveRankSVDLayer:
+        head = None
+        if isinstance(factors, SearchFactors):
+            ranks = len(factors.values)
+            head = nn.Linear(OUTPUT_SIZE, ranks) if config.hypernetwork == "shared" else PerLayerHypernetwork(ranks)
+            head = head.to(factors.values.device)
+        return AdaptiveRankSVDLayer(base, adapter_name, factors, head)
+
+    def _after_injection(self, config: AdaptiveRankSVDConfig, adapter_name: str) -> None:
+        if config.hypernetwork == "per_layer":
+            return
+        layers = list(self.searching_layers(adapter_name).values())
+        network = Hypernetwork(len(layers)).to(layers[0].factors.values.device)
+        self.adaptive_rank_svd_hypernetwork = nn.ModuleDict(
+            {adapter_name: network.requires_grad_(not config.inference_mode)}
+        )
+
+    def _forget_masks(self, adapter_name: str) -> None:
+        super()._forget_masks(adapter_name)
+        if self.peft_config[adapter_name].hypernetwork == "shared":
+            del self.adaptive_rank_svd_hypernetwork[adapter_name]
+
+    def _heads(self, adapter_name: str) -> list[nn.Module]:
+        layers = self.searching_layers(adapter_name).values()
+        return [layer.adaptive_rank_svd_head[adapter_name] for layer in layers]
+
+    def mask_parameters(self, adapter_name: str) -> list[nn.Parameter]:
+        modules = self._heads(adapter_name)
+        if self.peft_config[adapter_name].hypernetwork == "shared":
+            modules = [self.adaptive_rank_svd_hypernetwork[adapter_name], *modules]
+        return [parameter for module in modules for parameter in module.parameters()]
+
+    def mask_logits(self, adapter_name: str) -> Tensor:
+        config, heads = self.peft_config[adapter_name], self._heads(adapter_name)
+        if config.hypernetwork == "per_layer":
+            rows = [head() for head in heads]
+        else:
+            rows = apply_heads(self.adaptive_rank_svd_hypernetwork[adapter_name](), heads)
+        return pad_rows(rows, float("-inf")) + config.mask_bias
+
+    def regularizer(self, adapter_name: str, logits: Tensor, hard: Tensor) -> Tensor:
+        """lambda R(parameters of the mask, target) + gamma R_align, equation 8 of ARS, with the parameters of a module
+        capped at those of its weight."""
+        config, state = self.peft_config[adapter_name], self._states[adapter_name]
+        kept = state.ratio(hard.sum(dim=1))
+        align = alignment_loss(hard, self.singular_values(adapter_name))
+        return config.compression_weight * compression_loss(kept, state.target) + config.alignment_weight * align

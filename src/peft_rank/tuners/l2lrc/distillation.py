@@ -1,0 +1,167 @@
+# Copyright 2026 The peft_rank authors. Licensed under the Apache License, Version 2.0.
+"""Distillation from the dense model without a second copy of it, and without a change of the loss that is reported.
+
+The weights of the dense model are there: it is the model with its adapters off. Its final hidden states are taken in a
+pass without gradient. In the pass that trains, the final hidden states go through an identity whose backward adds the
+gradient of the distance, so that whatever follows them (a head, a loss, label smoothing) is none of our business.
+
+Which distance, and of which layers, the paper's text does not tell; this one is our own choice: of each token the squared
+error relative to the squared norm of the dense hidden state, averaged over tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
+
+from ..search.layer import SearchLayer
+
+
+class Distillation:
+    """
+    One model's distillation.
+
+    Args:
+        model (`transformers.PreTrainedModel`): The model, whose backbone returns the final hidden states.
+        layers (`list[SearchLayer]`): The layers to switch off for the dense pass.
+        weight (`float`): Of the distance.
+        pretraining_weight (`float`): Of the gradient that comes from the model's own loss.
+
+    Raises:
+        ValueError: If the model has no backbone of transformers' kind.
+    """
+
+    def __init__(self, model: nn.Module, layers: list[SearchLayer], weight: float, pretraining_weight: float) -> None:
+        if not isinstance(model, PreTrainedModel) or model.base_model is model:
+            raise ValueError(
+                f"`distillation_weight={weight}` needs a transformers model with a backbone and a head, got "
+                f"{type(model).__name__}. Set `distillation_weight=0`, which learns from the model's loss alone."
+            )
+        self.model, self.layers, self.weight, self.pretraining_weight = model, layers, weight, pretraining_weight
+        self.dense: Tensor | None = None
+        self.tokens: Tensor | None = None
+        self.count: Any = None
+        # how much the backward pass scales the loss; None where the model did not compute it
+        self.scale: Tensor | None = None
+        self.distance: Tensor | None = None
+        self._handles = [
+            model.base_model.register_forward_hook(self._take_hidden),
+            model.register_forward_hook(self._take_loss),
+        ]
+        self._state = "idle"
+
+    def remove(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def prepare(self, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Run the dense model on a batch that the model is about to be trained on."""
+        self.scale = None
+        self.count = kwargs.get("num_items_in_batch")
+        self.tokens = _real_tokens(self.model, kwargs)
+        with torch.no_grad(), switched_off(self.model, self.layers):
+            self._state = "dense"
+            self.model(*args, **kwargs)
+            self._state = "training"
+
+    def _take_hidden(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        state = self._state
+        if state == "dense":
+            self.dense = output[0].detach()
+        elif state == "training":
+            self._state = "loss"
+            hidden = _AddDistance.apply(output[0], self)
+            if isinstance(output, tuple):
+                return (hidden, *output[1:])
+            output[next(iter(output))] = hidden
+        return output
+
+    def _take_loss(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        if self._state != "loss":
+            return output
+        self._state = "idle"
+        loss = output.get("loss") if isinstance(output, dict) else None
+        if isinstance(loss, Tensor) and loss.requires_grad:
+            output["loss"] = _TakeScale.apply(loss, self)
+        return output
+
+    def gradient(self, hidden: Tensor) -> Tensor:
+        """Of weight * distance with respect to the hidden states, (batch, tokens, d)."""
+        work = torch.float32
+        dense = self.dense.to(hidden.device, work)
+        difference = hidden.to(work) - dense
+        norms = dense.square().sum(-1).clamp(min=torch.finfo(work).tiny)  # (batch, tokens)
+        real = torch.ones_like(norms) if self.tokens is None else self.tokens.to(norms)
+        real = torch.ones_like(norms) if real.shape != norms.shape else real
+        count = real.sum().clamp(min=1) if self.count is None else self.count
+        per_token = real / norms / count
+        self.distance = (difference.square().sum(-1) * per_token).sum()
+        scale = 1.0 if self.scale is None else self.scale.to(hidden.device, work)
+        return (difference * (2 * self.weight * scale * per_token).unsqueeze(-1)).to(hidden.dtype)
+
+
+class _AddDistance(Function):
+    """The identity on hidden states; backward weighs the gradient of the loss and adds that of the distance."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, distillation: Distillation) -> Tensor:
+        ctx.distillation = distillation
+        ctx.save_for_backward(hidden)
+        ctx.batch = distillation.dense, distillation.tokens, distillation.count
+        return hidden.view_as(hidden)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor):
+        (hidden,) = ctx.saved_tensors
+        distillation = ctx.distillation
+        distillation.dense, distillation.tokens, distillation.count = ctx.batch
+        return distillation.pretraining_weight * grad_output + distillation.gradient(hidden), None
+
+
+class _TakeScale(Function):
+    """The identity on the loss; backward notes by how much it was scaled: by fp16, accumulation or the number of
+    processes."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor, distillation: Distillation) -> Tensor:
+        ctx.distillation = distillation
+        return loss.view_as(loss)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor):
+        ctx.distillation.scale = grad_output
+        return grad_output, None
+
+
+def _real_tokens(model: PreTrainedModel, kwargs: dict[str, Any]) -> Tensor | None:
+    """(batch, tokens) of the final hidden states: 1 for tokens that are no padding; None for all."""
+    if not model.config.is_encoder_decoder:
+        return kwargs.get("attention_mask")
+    mask, labels = kwargs.get("decoder_attention_mask"), kwargs.get("labels")
+    return labels != -100 if mask is None and labels is not None else mask
+
+
+@contextmanager
+def switched_off(model: nn.Module, layers: list[SearchLayer]) -> Iterator[None]:
+    """The dense model, in evaluation mode."""
+    modes = [(module, module.training) for module in model.modules()]
+    try:
+        for module, _ in modes:
+            module.training = False
+        for layer in layers:
+            layer._disable_adapters = True
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+        for module, mode in modes:
+            module.training = mode

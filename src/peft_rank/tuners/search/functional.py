@@ -1,0 +1,123 @@
+# Copyright 2026 The peft_rank authors. Licensed under the Apache License, Version 2.0.
+"""The masked product of a search step: a function of tensors, written for few and small matrix products."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+from ..salientlora.functional import compute_dtype
+
+
+SLOPE_THRESHOLD = 2.0**-10
+"""A rank that is masked out, and whose mask's slope is less than this part of the steepest, is left out of a step. What it
+would add to the gradient is below the rounding of half precision; drawn again, its mask may be steep in the next step."""
+
+COMPACT_BELOW = 0.75
+"""Copying the rows that are needed pays when they are fewer than this part."""
+
+
+class StepMask(NamedTuple):
+    """The mask of one module for one step.
+
+    Attributes:
+        hard (`Tensor`): (k,), 0 or 1, float32, with the gradient of the soft mask.
+        rows (`Tensor`, *optional*): (n,) int64: the ranks that the step needs, those in the mask first; None for all.
+        kept (`int`): How many of `rows` are in the mask.
+    """
+
+    hard: Tensor
+    rows: Tensor | None
+    kept: int
+
+
+def needed_rows(soft: Tensor, hard: Tensor, sizes: list[int]) -> list[tuple[Tensor | None, int]]:
+    """`rows` and `kept` of `StepMask` for every module.
+
+    Args:
+        soft (`Tensor`), hard (`Tensor`): (modules, K) masks, padded with 0.
+        sizes (`list[int]`): Ranks of each module.
+    """
+    with torch.no_grad():
+        inside = hard > 0.5
+        needed = inside | (soft * (1 - soft) > SLOPE_THRESHOLD / 4)
+        # one wait for the device in a step
+        counts = torch.stack([inside.sum(1), needed.sum(1)]).tolist()
+        if all(n >= COMPACT_BELOW * size for n, size in zip(counts[1], sizes, strict=True)):
+            return [(None, 0)] * len(sizes)
+        order = torch.argsort(inside.to(torch.uint8) + needed.to(torch.uint8), dim=1, descending=True, stable=True)
+        return [
+            (order[i, :n], kept) if n < COMPACT_BELOW * size else (None, 0)
+            for i, (kept, n, size) in enumerate(zip(*counts, sizes, strict=True))
+        ]
+
+
+class MaskedProduct(Function):
+    """y = ((x down^T) * mask) up + bias, with frozen factors and bias.
+
+    The gradient of the mask is hidden state times its gradient, summed over tokens; factors get none, so that four
+    products of a step are all. The mask multiplies whichever is smaller, hidden states or a factor. With `rows`, ranks
+    outside of them are in no product, and forward and the gradient of x take the masked-in ones alone.
+
+    Shapes: x (..., in), hard (k,), down (k, in), up (k, out), bias (out,) or None.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        x: Tensor,
+        hard: Tensor,
+        down: Tensor,
+        up: Tensor,
+        bias: Tensor | None,
+        rows: Tensor | None,
+        kept: int,
+    ) -> Tensor:
+        dtype = compute_dtype(x)
+        with torch.autocast(x.device.type, enabled=False):
+            flat = x.reshape(-1, x.shape[-1]).to(dtype)  # (tokens, in)
+            if rows is None:
+                hidden = flat @ down.to(dtype).T  # (tokens, k)
+                mask = hard.to(dtype)
+                result = _product(hidden, mask, up.to(dtype))
+            else:
+                hidden = flat @ down.index_select(0, rows).to(dtype).T  # (tokens, n)
+                result = hidden[:, :kept] @ up.index_select(0, rows[:kept]).to(dtype)
+            if bias is not None:
+                result += bias.to(dtype)
+        ctx.save_for_backward(hidden, hard, down, up, rows)
+        ctx.kept, ctx.shape, ctx.input_dtype = kept, x.shape, x.dtype
+        return result.view(*x.shape[:-1], up.shape[1])
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor):
+        hidden, hard, down, up, rows = ctx.saved_tensors
+        grad_x = grad_hard = None
+        with torch.autocast(grad_output.device.type, enabled=False):
+            grad = grad_output.reshape(-1, grad_output.shape[-1]).to(hidden.dtype)  # (tokens, out)
+            selected = up if rows is None else up.index_select(0, rows)
+            grad_hidden = grad @ selected.to(grad.dtype).T  # (tokens, k or n)
+            if ctx.needs_input_grad[1]:
+                grad_hard = torch.sum(hidden * grad_hidden, dim=0, dtype=hard.dtype)
+                if rows is not None:
+                    grad_hard = torch.zeros_like(hard).index_copy_(0, rows, grad_hard)
+            if ctx.needs_input_grad[0]:
+                if rows is None:
+                    grad_x = _product(grad_hidden, hard.to(grad.dtype), down.to(grad.dtype))
+                else:
+                    kept = rows[: ctx.kept]
+                    grad_x = grad_hidden[:, : ctx.kept] @ down.index_select(0, kept).to(grad.dtype)
+                grad_x = grad_x.view(ctx.shape).to(ctx.input_dtype)
+        return grad_x, grad_hard, None, None, None, None, None
+
+
+def _product(hidden: Tensor, mask: Tensor, factor: Tensor) -> Tensor:
+    """(hidden * mask) @ factor for hidden (tokens, k), mask (k,), factor (k, n)."""
+    if hidden.shape[0] <= factor.shape[1]:
+        return (hidden * mask) @ factor
+    return hidden @ (factor * mask[:, None])

@@ -1,0 +1,332 @@
+# Copyright 2026 The peft_rank authors. Licensed under the Apache License, Version 2.0.
+"""PEFT's side of a search: splits weights, wraps modules, saves and loads adapters."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+import warnings
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from accelerate.state import PartialState
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_quantization_kwargs
+from peft.utils.other import get_pattern_key
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from ...calibration.targets import find_targets, linear, weight_of
+from ..lowrank.linear import LowRankLinear
+from ..lowrank.plan import (
+    PROGRESS_AFTER,
+    check_target,
+    check_untied,
+    multiples,
+    naming,
+    statistics_by_module,
+    uncompressed_parameters,
+    work_device,
+)
+from ..salientlora.checkpoint import PEFT_PREFIX, exact_pattern, plain_name
+from .config import RankSearchConfig
+from .factors import SearchFactors, Spectrum, decompose_weight, empty_spectrum
+from .layer import SearchLayer
+from .state import SearchState, Selection
+from .training import RankSearchTraining
+
+
+_FACTORS = "factors"
+_LINEAR = ("down.weight", "up.weight", "up.bias")
+
+
+class _Plan(NamedTuple):
+    """One call of `inject_adapter`: the factors by module name, None for dense, and the search if there is one."""
+
+    factors: dict[str, SearchFactors | LowRankLinear | None]
+    state: SearchState | None
+
+
+class RankSearchModel(RankSearchTraining):
+    """What tuners that learn which singular values to keep have in common. One adapter at a time."""
+
+    tuner_layer_cls = SearchLayer
+
+    def _keeps_prefix(self, config: RankSearchConfig) -> bool:
+        """Whether a module keeps its leading ranks, or any."""
+        return True
+
+    @abstractmethod
+    def _wrap(self, config: RankSearchConfig, adapter_name: str, base: nn.Module, factors: nn.Module) -> SearchLayer:
+        """The layer of a module, with the masks' parameters where it is in search."""
+
+    def _prepare_adapter_config(self, peft_config: RankSearchConfig, model_config: dict) -> RankSearchConfig:
+        if peft_config.target_modules is None:
+            peft_config.target_modules = "all-linear"
+        return peft_config
+
+    def _check_new_adapter_config(self, config: RankSearchConfig) -> None:
+        super()._check_new_adapter_config(config)
+        if len(self.peft_config) > 1:
+            raise ValueError(
+                f"{type(self).__name__} holds one adapter at a time, of which there is one already. End it by `finalize()`, "
+                "or remove it by `unload()`, first."
+            )
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        self._plan: _Plan | None = None
+        super().inject_adapter(model, adapter_name, *args, **kwargs)
+        state, self._plan = self._plan.state, None
+        self._hook = model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
+        if state is not None:
+            self._states[adapter_name] = state
+            for layer in self.searching_layers(adapter_name).values():
+                layer.select_all = self._select_ranks
+            self._after_injection(self.peft_config[adapter_name], adapter_name)
+
+    def _after_injection(self, config: RankSearchConfig, adapter_name: str) -> None:
+        """Make what the layers share."""
+
+    def _create_and_replace(
+        self,
+        config: RankSearchConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        **optional_kwargs: Any,
+    ) -> None:
+        if self._plan is None:
+            # only now `target_modules` is resolved; nothing has been replaced yet
+            self._plan = self._make_plan(config)
+        factors = self._plan.factors.pop(current_key)
+        if factors is None:
+            return  # stays dense
+        layer = self._wrap(config, adapter_name, target, factors)
+        layer.train(target.training)
+        layer.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
+        setattr(parent, target_name, layer)
+
+    def _make_plan(self, config: RankSearchConfig) -> _Plan:
+        """What happens to every targeted module; checks all that can be wrong with them."""
+        modules = find_targets(self.model, config)
+        kwargs = get_quantization_kwargs(self)
+        shapes = {name: check_target(name, module, **kwargs) for name, module in modules.items()}
+        check_untied(modules, modules, self.model)
+        ranks = {name: config.rank_pattern.get(get_pattern_key(config.rank_pattern, name)) for name in modules}
+        if config.factors_saved and config.allocation_state is None:
+            factors = {name: None if rank is None else _empty(modules[name], rank) for name, rank in ranks.items()}
+            return _Plan(factors, None)
+        fixed = {name: rank for name, rank in ranks.items() if rank is not None}
+        searched = {name: shape for name, shape in shapes.items() if name not in fixed}
+        if not searched:
+            raise ValueError(
+                f"`rank_pattern` fixes the ranks of all {len(modules)} targeted modules, so that none is left to search. "
+                "Use `LowRankConfig` for fixed ranks."
+            )
+        others = uncompressed_parameters(modules, self.model, config)
+        state = SearchState(
+            config,
+            list(searched.values()),
+            multiples(modules, searched, config),
+            others + sum(rank * sum(shapes[name]) for name, rank in fixed.items()),
+            others + sum(math.prod(shapes[name]) for name in fixed),
+            self._keeps_prefix(config),
+        )
+        if config.factors_saved:
+            return _Plan({name: _empty(modules[name], rank) for name, rank in ranks.items()}, state)
+        statistics = statistics_by_module(modules, self.model, config)
+        factors = {
+            name: _split(name, module, ranks[name], statistics[name], config)
+            for name, module in tqdm(modules.items(), desc="Decomposing", unit="module", delay=PROGRESS_AFTER)
+        }
+        return _Plan(factors, state)
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        if self._compact:
+            raise RuntimeError(
+                "The search is over, and the weights that factors took the place of are freed. Go on with the plain model, "
+                "`model.get_base_model()`: train it, adapt it, `save_compressed(model, directory)`, or `densify(model)`."
+            )
+        self._hook.remove()
+        return super()._unload_and_optionally_merge(*args, **kwargs)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        setattr(parent, child_name, new_module)
+
+    def _linears(self, adapter_name: str) -> dict[str, LowRankLinear]:
+        """What modules have become, by name in the base model."""
+        if adapter_name in self._compact:
+            return {name: self.model.get_submodule(name) for name in self._compact[adapter_name]}
+        layers = self.adapter_layers(adapter_name).items()
+        return {name: layer.factors for name, layer in layers if not layer.searching and layer.factors is not None}
+
+    def save_snapshot(self, ratio: float, directory: str | Path) -> None:
+        """
+        Write the adapter as it was when a target was reached, with its ranks final.
+
+        Args:
+            ratio (`float`): One of `target_ratio` that was reached.
+            directory (`str` or `Path`): Folder to write to; `PeftModel.from_pretrained` reads it.
+
+        Raises:
+            ValueError: If it was not reached, or the search is over.
+        """
+        for name, state in self._states.items():
+            if ratio in state.snapshots:
+                self._save_selection(name, state.snapshots[ratio], Path(directory))
+                return
+        raise ValueError(f"No snapshot at `ratio={ratio}`: it was not reached, or the search is over.")
+
+    def _write_snapshot(self, adapter_name: str, ratio: float) -> None:
+        folder = self.peft_config[adapter_name].snapshot_dir
+        if folder is not None and PartialState().is_main_process:
+            self.save_snapshot(ratio, Path(folder, f"ratio-{ratio}"))
+
+    def _save_selection(self, adapter_name: str, selection: Selection, directory: Path) -> None:
+        config = copy.copy(self.peft_config[adapter_name])
+        entries = {}
+        linears = {
+            name: layer.factors.select(ranks, layer.base_layer.bias)
+            for (name, layer), ranks in zip(self.searching_layers(adapter_name).items(), selection, strict=True)
+            if ranks is not None
+        } | self._linears(adapter_name)
+        for name, linear_ in linears.items():
+            entries |= {f"{PEFT_PREFIX}{name}.{_FACTORS}.{key}": value for key, value in linear_.state_dict().items()}
+        config.write_ranks({exact_pattern(name): linear_.rank for name, linear_ in linears.items()})
+        config.inference_mode = True
+        config.save_pretrained(str(directory))
+        save_file({key: value.cpu() for key, value in entries.items()}, directory / SAFETENSORS_WEIGHTS_NAME)
+
+    def _restore_state(self, adapter_name: str, weights: dict[str, Tensor]) -> None:
+        """Clock and snapshots out of a checkpoint; removes them from it."""
+        key = next((key for key in weights if key.endswith(f".{self.prefix}state")), None)
+        if key is not None:
+            self._states[adapter_name].unpack(weights.pop(key))
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        # modules under the adapter's name have parameters of several levels
+        return re.sub(rf"(\.{cls.prefix}\w+)\.{re.escape(adapter_name)}(?=\.|$)", r"\1", key)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: RankSearchConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        *args: Any,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        entries = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, *args, **kwargs)
+        tuner = _find_tuner(cls, model)
+        if tuner is None:
+            return entries
+        linears, state = tuner._linears(adapter_name), tuner._states.get(adapter_name)
+        if adapter_name in tuner._compact:
+            for name, _ in model.named_modules():
+                if plain_name(name) in linears:
+                    found = {key: state_dict.get(f"{name}.{key}") for key in _LINEAR}
+                    entries |= {f"{name}.{_FACTORS}.{key}": value for key, value in found.items() if value is not None}
+        where = None
+        if state is not None:
+            if state.recorded == 0 and not config.inference_mode and state.step == 0:
+                warnings.warn(tuner._never_searched(adapter_name), stacklevel=2)
+            first = next(iter(tuner.searching_layers(adapter_name)))
+            blob = state.pack()
+            entries[f"{PEFT_PREFIX}{first}.{cls.prefix}state"] = blob
+            where = {"module": first, "numel": blob.numel()}
+        config.write_ranks({exact_pattern(name): module.rank for name, module in linears.items()}, where)
+        if state is not None and not config.save_factors:
+            config.factors_saved = False
+            entries = {key: value for key, value in entries.items() if f".{_FACTORS}." not in key}
+        return entries
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: RankSearchConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        tuner, state_dict = _find_tuner(cls, model), dict(state_dict)
+        if tuner is not None:
+            if adapter_name in tuner._compact:
+                raise ValueError(
+                    "The search is over and its layers are gone, so that no adapter can be loaded into this model. Load it "
+                    "into the base model by `PeftModel.from_pretrained`."
+                )
+            tuner._adopt(adapter_name, state_dict)
+        return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+
+    def _adopt(self, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
+        """Become what a checkpoint describes: a search at another step, or its end."""
+        found = {plain_name(key) for key in state_dict}
+        layers = self.searching_layers(adapter_name)
+        unfinished = any(key.endswith(f".{self.prefix}state") for key in found)
+        if layers and not unfinished:
+            for name, layer in layers.items():
+                rank = next(
+                    (v.shape[0] for k, v in state_dict.items() if plain_name(k) == f"{name}.{_FACTORS}.down.weight"),
+                    None,
+                )
+                layer.end_search(None if rank is None else _empty(layer.base_layer, rank))
+            del self._states[adapter_name]
+            self._forget_masks(adapter_name)
+        elif unfinished and not layers:
+            raise ValueError(
+                "The checkpoint is of an unfinished search, and the ranks of this model are final. Load it into the base "
+                "model by `PeftModel.from_pretrained(model, directory, is_trainable=True)`."
+            )
+        elif unfinished:
+            self._restore_state(adapter_name, state_dict)
+            self._selected_from = None
+        for name, layer in self.adapter_layers(adapter_name).items():
+            expected = {f"{name}.{key}": v.shape for key, v in _own_state(layer).items()}
+            stored = {plain_name(k): v.shape for k, v in state_dict.items()}
+            kept_here = unfinished and not any(f".{_FACTORS}." in key for key in stored)
+            for key, shape in expected.items():
+                if kept_here and f".{_FACTORS}." in key:
+                    continue
+                short = self._remove_adapter_name_from_key(key, adapter_name)
+                if stored.get(short) != shape:
+                    what = "is missing" if short not in stored else f"is of shape {tuple(stored[short])}"
+                    raise ValueError(
+                        f"{short} {what} in the file; adapter {adapter_name!r} has {tuple(shape)} here. The file is damaged "
+                        "or belongs to another model; nothing was loaded."
+                    )
+
+
+def _own_state(layer: SearchLayer) -> dict[str, Tensor]:
+    return {key: value for key, value in layer.state_dict().items() if not key.startswith("base_layer.")}
+
+
+def _find_tuner(cls: type[RankSearchModel], model: nn.Module) -> RankSearchModel | None:
+    """The tuner inside a PeftModel; None where only the layers were injected."""
+    return next((module for module in model.modules() if isinstance(module, cls)), None)
+
+
+def _empty(module: nn.Module, rank: int | None) -> SearchFactors | LowRankLinear:
+    """Factors that are still to be loaded: of all ranks, or of a final one."""
+    with weight_of(module) as weight:
+        if rank is None:
+            return SearchFactors(empty_spectrum(tuple(weight.shape), weight))
+        bias = linear(module).bias is not None
+        made = LowRankLinear(weight.shape[1], weight.shape[0], rank, bias, device=weight.device, dtype=weight.dtype)
+        return made.requires_grad_(False)
+
+
+def _split(
+    name: str, module: nn.Module, rank: int | None, statistics: dict[str, Tensor], config: RankSearchConfig
+) -> SearchFactors | LowRankLinear:
+    """Factors of all ranks, or of the fixed one of `rank_pattern`; on an accelerator if there is one."""
+    with weight_of(module) as weight, naming(name):
+        found = decompose_weight(
+            weight.to(work_device(weight)), config.decomposition, statistics, config.alpha, config.factor_cache
+        )
+        factors = SearchFactors(Spectrum(*(tensor.to(weight.device) for tensor in found)))
+    if rank is None:
+        return factors
+    return factors.select(torch.arange(min(rank, *weight.shape)), linear(module).bias).requires_grad_(False)

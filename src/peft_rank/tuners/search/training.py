@@ -1,0 +1,325 @@
+# Copyright 2026 The peft_rank authors. Licensed under the Apache License, Version 2.0.
+"""The training loop's side of a search: draws masks, adds the regularizers, takes note of steps, ends it."""
+
+from __future__ import annotations
+
+import warnings
+from abc import abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft.utils import AuxiliaryTrainingWrapper, load_peft_weights
+from peft.utils.other import _get_submodules
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from transformers.trainer_pt_utils import get_model_param_count
+
+from ...allocation.masks import gumbel_mask, keep_probability, uniform_noise
+from ..adaptive import AdaptiveRankTuner, ShrinkPolicy
+from ..salientlora.checkpoint import exact_pattern
+from ..salientlora.functional import AddToGradient
+from .functional import StepMask, needed_rows
+from .layer import SearchLayer
+from .state import SearchState, Selection
+
+
+class RankSearchTraining(AdaptiveRankTuner):
+    """What a training loop calls. Methods differ in where their logits come from and in their regularizers."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        # injection, which the base class starts, needs them
+        self._states: dict[str, SearchState] = {}
+        # names of the modules that became `LowRankLinear`, by adapter
+        self._compact: dict[str, list[str]] = {}
+        # gradients of the regularizer with respect to the logits that the next backward adds, by adapter
+        self._armed: dict[str, list[Tensor | None]] = {}
+        # what the present selection was made from
+        self._selected_from: tuple | None = None
+        super().__init__(*args, **kwargs)
+
+    @abstractmethod
+    def mask_parameters(self, adapter_name: str) -> list[nn.Parameter]:
+        """All that is trained in a search."""
+
+    @abstractmethod
+    def mask_logits(self, adapter_name: str) -> Tensor:
+        """(modules, K) float32, padded with -inf: the logits of all modules in search, with their gradient."""
+
+    @abstractmethod
+    def regularizer(self, adapter_name: str, logits: Tensor, hard: Tensor) -> Tensor:
+        """Weighted sum of the losses that need no batch, for logits and the mask of the step, (modules, K)."""
+
+    def _forget_masks(self, adapter_name: str) -> None:
+        """Let go of the parameters of masks: the ranks are final."""
+        for layer in self.adapter_layers(adapter_name).values():
+            for attribute in layer.adapter_layer_names:
+                masks = getattr(layer, attribute)
+                if adapter_name in masks:
+                    del masks[adapter_name]
+
+    def searching_layers(self, adapter_name: str) -> dict[str, SearchLayer]:
+        """The layers whose ranks are not final, by module name in the base model."""
+        return {name: layer for name, layer in self.adapter_layers(adapter_name).items() if layer.searching}
+
+    def singular_values(self, adapter_name: str) -> Tensor:
+        """(modules, K), padded with 0, scaled to a sum of squares of 1 in each module."""
+        values = [layer.factors.values for layer in self.searching_layers(adapter_name).values()]
+        return pad_rows([v / v.norm().clamp(min=torch.finfo(v.dtype).tiny) for v in values], 0.0)
+
+    def _trained_adapters(self) -> list[str]:
+        return [
+            name
+            for name in self.active_adapters
+            if name in self._states and any(p.requires_grad for p in self.mask_parameters(name))
+        ]
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        # with the hook that prepares the layers, which also serves `generate`; the base class goes around it
+        return self.model(*args, **kwargs)
+
+    def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        """Draw the masks of the step, or select the ranks that would be kept."""
+        for name in self.active_adapters:
+            layers = self.searching_layers(name)
+            if name not in self._states or next(iter(layers.values())).disable_adapters:
+                continue
+            if module.training:
+                self._begin_step(name, layers)
+            else:
+                self._select_ranks()
+
+    def _begin_step(self, name: str, layers: dict[str, SearchLayer]) -> None:
+        logits = self.mask_logits(name)
+        if name in self._armed and torch.is_grad_enabled():
+            logits = AddToGradient.apply(logits, self._armed, name, 0)
+        soft, hard = self._draw(name, logits)
+        rows = needed_rows(soft, hard, self._states[name].sizes)
+        self._selected_from = None
+        for i, layer in enumerate(layers.values()):
+            layer.begin_step(StepMask(hard[i, : min(layer.shape)], *rows[i]))
+
+    def _draw(self, name: str, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """Soft and hard mask of this optimizer step: the same for all of its micro-batches and on every process."""
+        config, step = self.peft_config[name], self._states[name].step
+        return gumbel_mask(logits, uniform_noise(logits.shape, config.seed, step, logits.device), config.tau)
+
+    @torch.no_grad()
+    def _select_ranks(self) -> None:
+        """Let every layer in search keep what it would keep if the search ended now."""
+        for name, state in self._states.items():
+            key = (name, state.target, *((id(p), p._version) for p in self.mask_parameters(name)))
+            layers = list(self.searching_layers(name).values())
+            if key == self._selected_from and all(layer._selected for layer in layers):
+                continue
+            selection = state.choose(self.mask_logits(name), state.target)
+            for layer, ranks in zip(layers, selection, strict=True):
+                layer.select(ranks)
+            self._selected_from = key
+
+    def restart_allocation(self) -> None:
+        for name in self._trained_adapters():
+            self._states[name].restart()
+
+    def resolve_schedule(self, total_steps: int) -> str:
+        plans = []
+        for name in self.active_adapters:
+            if name not in self._states:
+                plans.append(f"{name}: ranks are final, no search")
+                continue
+            self._check_trained()
+            state = self._states[name]
+            state.total_steps = total_steps
+            dense = sum(state.dense)
+            plans.append(
+                f"{name}: search over {sum(state.sizes)} ranks of {len(state.sizes)} modules with {dense:,} parameters in "
+                f"{total_steps} steps, to keep {' then '.join(map(str, self.peft_config[name].ratios))} of them"
+            )
+        return "\n".join(plans)
+
+    def add_regularization_gradient(self) -> None:
+        for name in self._trained_adapters():
+            self._check_reached(name)
+            parameters = [p for p in self.mask_parameters(name) if p.requires_grad]
+            logits = self.mask_logits(name)
+            loss = self.regularizer(name, logits, self._draw(name, logits)[1])
+            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+            for parameter, gradient in zip(parameters, gradients, strict=True):
+                if gradient is None:
+                    continue
+                if parameter.grad is None:
+                    parameter.grad = torch.zeros_like(parameter)
+                parameter.grad.add_(gradient)
+
+    def arm_regularization(self, loss_scale: float = 1.0) -> None:
+        for name in self._trained_adapters():
+            logits = self.mask_logits(name).detach().requires_grad_()
+            loss = self.regularizer(name, logits, self._draw(name, logits)[1])
+            self._armed[name] = [torch.autograd.grad(loss * loss_scale, logits)[0]]
+
+    def _check_reached(self, name: str) -> None:
+        """After the first backward: a module whose output the loss does not depend on cannot be searched."""
+        if self._states[name].recorded:
+            return
+        missed = [key for key, layer in self.searching_layers(name).items() if not layer._reached]
+        if missed:
+            raise RuntimeError(
+                f"The loss has no gradient for the masks of {', '.join(missed)}: the model does not use their output, so "
+                "that their ranks cannot be learned. Name them in `exclude_modules`. (Is this the first backward at all? "
+                "Then call `add_regularization_gradient` after it.)"
+            )
+
+    @torch.no_grad()
+    def update_and_allocate(
+        self, global_step: int, optimizer: Optimizer | None = None, shrink: ShrinkPolicy = "each"
+    ) -> bool:
+        if global_step < 0:
+            raise ValueError(f"`global_step={global_step}` must not be negative: it counts completed optimizer steps.")
+        decided = False
+        for name in self._trained_adapters():
+            state = self._states[name]
+            if global_step <= state.step:
+                continue
+            self._check_schedule(name)
+            reached = state.record(self.mask_logits(name), global_step)
+            if reached is not None:
+                decided = True
+                self._write_snapshot(name, reached)
+        return decided
+
+    def _check_schedule(self, name: str) -> None:
+        """For methods whose losses depend on the length of the training."""
+
+    def skip_step(self, global_step: int) -> None:
+        for name in self._trained_adapters():
+            self._states[name].step = max(self._states[name].step, global_step)
+
+    @property
+    def allocation_finished(self) -> bool:
+        return all(self._states[name].finished for name in self._trained_adapters())
+
+    @property
+    def should_stop(self) -> bool:
+        names = self._trained_adapters()
+        return bool(names) and all(self._states[name].out_of_patience for name in names)
+
+    @torch.no_grad()
+    def finalize(
+        self, optimizer: Optimizer | None = None, compact: bool = True, *, ratio: float | None = None
+    ) -> None:
+        """
+        End the search: every module keeps its ranks, within the exact budget, or its weight.
+
+        Args:
+            optimizer (`Optimizer`, *optional*): Not needed: what it trained is gone.
+            compact (`bool`, *optional*, defaults to `True`): Put [`LowRankLinear`]s and the original modules into the
+                model, which is then a plain one, with factors that train. False leaves them in the layers of the tuner.
+            ratio (`float`, *optional*): One of the ratios that were reached, for the ranks as they were then. By default
+                the smallest, for the ranks of now.
+
+        Raises:
+            RuntimeError: If no step of the search was ever recorded.
+            ValueError: If `ratio` was not reached.
+        """
+        for name, state in list(self._states.items()):
+            selection = self._final_selection(name, state, ratio)
+            for layer, ranks in zip(self.searching_layers(name).values(), selection, strict=True):
+                layer.end_search(None if ranks is None else layer.factors.select(ranks, layer.base_layer.bias))
+            del self._states[name]
+            self._forget_masks(name)
+        for name in [name for name in self.peft_config if name not in self._compact]:
+            self.peft_config[name].write_ranks(
+                {exact_pattern(key): linear.rank for key, linear in self._linears(name).items()}
+            )
+            if compact:
+                self._make_compact(name)
+
+    def _final_selection(self, name: str, state: SearchState, ratio: float | None) -> Selection:
+        if state.recorded == 0:
+            raise RuntimeError(self._never_searched(name))
+        if ratio is not None:
+            if ratio not in state.snapshots:
+                reached = ", ".join(map(str, state.snapshots)) or "none"
+                raise ValueError(f"`ratio={ratio}` was not reached; of `target_ratio`, {reached} was.")
+            return state.snapshots[ratio]
+        logits, target = self.mask_logits(name), self.peft_config[name].ratios[-1]
+        if not state.finished:
+            warnings.warn(
+                f"The search of adapter {name!r} ended at a ratio of {float(state.ratio(state.likely(logits))):.3f}, before "
+                f"it reached {target}. The ranks least likely to be kept are dropped now. Search for more steps, at a "
+                "higher learning rate, or with a larger `compression_weight`.",
+                stacklevel=3,
+            )
+        return state.choose(logits, target)
+
+    def _make_compact(self, name: str) -> None:
+        """Put the modules that the layers stand for into the model."""
+        self._compact[name] = []
+        for key, layer in self.adapter_layers(name).items():
+            if layer.merged:
+                layer.unmerge()
+            parent, _, child_name = _get_submodules(self.model, key)
+            if layer.factors is not None:
+                self._compact[name].append(key)
+                layer.factors.requires_grad_(True).train(layer.training)
+            setattr(parent, child_name, layer.base_layer if layer.factors is None else layer.factors)
+        for key, module in list(self.model.named_modules()):
+            if isinstance(module, AuxiliaryTrainingWrapper):
+                parent, _, child_name = _get_submodules(self.model, key)
+                plain = module.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+                setattr(parent, child_name, plain)
+        self._layers.clear()
+        # a plain model, which another adapter may wrap
+        self._hook.remove()
+        if "peft_config" in vars(self.model):
+            del self.model.peft_config
+
+    def check_resumed(self, global_step: int, checkpoint: Path | None = None) -> None:
+        for name in self._trained_adapters():
+            state = self._states[name]
+            if checkpoint is not None and state.step != global_step and checkpoint.is_dir():
+                self._restore_state(name, load_peft_weights(str(checkpoint), device="cpu"))
+            if state.step < global_step:
+                raise RuntimeError(
+                    f"The training resumes at step {global_step}, but the search of adapter {name!r} knows only its first "
+                    f"{state.step} steps. Was it trained without RankAllocationCallback, or were the weights loaded "
+                    "without their checkpoint? Resume from a checkpoint that the callback was part of, or start afresh."
+                )
+
+    def _never_searched(self, name: str) -> str:
+        return (
+            f"The search of adapter {name!r} never ran: its masks are those of the start. Add `RankAllocationCallback()` to "
+            "the Trainer's callbacks, or call `model.base_model.update_and_allocate(step)` after every optimizer step."
+        )
+
+    @torch.no_grad()
+    def rank_summary(self) -> dict[str, float]:
+        summary = {"parameters/trainable": get_model_param_count(self, trainable_only=True)}
+        for name in self.active_adapters:
+            if name not in self._states:
+                ranks = [module.rank for module in self._linears(name).values()]
+                return {"rank/total": sum(ranks), "rank/mean": sum(ranks) / max(1, len(ranks)), **summary}
+            state, logits = self._states[name], self.mask_logits(name)
+            likely = state.likely(logits)
+            selection = state.choose(logits, state.target)
+            kept = [size if ranks is None else len(ranks) for size, ranks in zip(state.sizes, selection, strict=True)]
+            return {
+                "rank/total": float(likely.sum()),
+                "rank/mean": float(likely.mean()),
+                "rank/budget": sum(kept),
+                "search/ratio": float(state.ratio(likely)),
+                "search/expected_ratio": float(state.ratio(keep_probability(logits).sum(dim=1))),
+                "search/target": state.target,
+                "search/dense_modules": sum(ranks is None for ranks in selection),
+                "search/regularizer": float(self.regularizer(name, logits, self._draw(name, logits)[1])),
+                **summary,
+            }
+        return summary
+
+
+def pad_rows(rows: list[Tensor], value: float) -> Tensor:
+    """(k_i,) tensors as one (n, max k), filled up with `value`."""
+    size = max(len(row) for row in rows)
+    if any(len(row) < size for row in rows):
+        rows = [nn.functional.pad(row, (0, size - len(row)), value=value) for row in rows]
+    return torch.stack(rows)
