@@ -79,7 +79,11 @@ def _compressed_ranks(model: nn.Module) -> dict[str, int] | None:
         return None
     ranks = {plain_name(name): module.rank for name, module in modules if isinstance(module, LowRankLinear)}
     # a compression may leave every module dense
-    return ranks if ranks or any(isinstance(module, (CompressionTuner, AdaptiveRankTuner)) for _, module in modules) else None
+    return (
+        ranks
+        if ranks or any(isinstance(module, (CompressionTuner, AdaptiveRankTuner)) for _, module in modules)
+        else None
+    )
 
 
 def exact_modules(names: Iterable[str], others: Collection[str]) -> list[str] | str:
