@@ -23,11 +23,11 @@ from transformers.pytorch_utils import Conv1D
 
 from cards import run, snippets
 from compressed_models import compress_module, compressed, edit_weights
-from peft_rank import SalientLoRAConfig, densify, export_lora, load_compressed, save_compressed
+from peft_rank import SalientLoRAConfig, densify, export_lora, get_rank_pattern, load_compressed, save_compressed
 from peft_rank.export.card import END, MODEL_HERE, START
 from peft_rank.export.directory import is_compressed, read_compressed
 from peft_rank.export.verify import compare
-from peft_rank.tuners.lowrank import LowRankLinear
+from peft_rank.tuners.lowrank import LowRankConfig, LowRankLinear
 from peft_rank.tuners.lowrank.entry import low_rank_modules, record_ranks
 from runs import adam, logits, steps_by_hand
 from tiny_models import TINY_MODELS, TinyModel, training_arguments
@@ -250,13 +250,27 @@ def test_adapters_have_to_be_merged_first(llama: TinyModel, tmp_path: Path) -> N
         save_compressed(native, tmp_path)
 
 
-def test_a_peft_model_without_layers_is_what_finalize_leaves(llama: TinyModel, tmp_path: Path) -> None:
-    expected = logits(compressed(llama), llama)
-    model = get_peft_model(llama.make_model(), LoraConfig(target_modules=["q_proj"]))
-    model.base_model.model = compressed(llama)
-    save_compressed(model, tmp_path)
-    assert torch.equal(logits(load_compressed(tmp_path), llama), expected)
+def test_what_a_tuner_leaves(tiny: TinyModel, tmp_path: Path) -> None:
+    settings = LowRankConfig(
+        rank=5, rank_multiple=1, target_modules=list(tiny.target_modules), task_type=tiny.task_type
+    )
+    model = get_peft_model(tiny.make_model().eval(), settings)
+    for function in (densify, lambda model: save_compressed(model, tmp_path / "early")):
+        with pytest.raises(RuntimeError, match=r"base_model\.finalize\(\)"):
+            function(model)
+    assert not (tmp_path / "early").exists()
+    model.base_model.finalize()
+    expected = logits(model, tiny)
+    save_compressed(model, tmp_path / "wrapped")
+    model.get_base_model().save_pretrained(tmp_path / "plain")
+    for name in ("wrapped", "plain"):
+        loaded = load_compressed(tmp_path / name)
+        assert set(get_rank_pattern(loaded).values()) == {5}
+        assert torch.equal(logits(loaded, tiny), expected)
+        facts = read_compressed(tmp_path / name).facts
+        assert (facts["method"], facts["decomposition"]) == ("LOWRANK", "svd")
     assert densify(model) is model.get_base_model()
+    torch.testing.assert_close(logits(model, tiny), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_quantized_factors(llama: TinyModel, tmp_path: Path) -> None:

@@ -169,9 +169,9 @@ def write_compressed_card(directory: Path, known: Path, location: str = MODEL_HE
 
 
 def _compressed_section(summary: CompressedSummary, location: str) -> str:
-    base, method = summary.base_model, summary.facts.get("method")
+    base = summary.base_model
     rows = {
-        "method": f"low-rank factors, {method}" if method else "low-rank factors",
+        "method": ", ".join(filter(None, ["low-rank factors", *map(summary.facts.get, ("method", "decomposition"))])),
         "dense model": f"`{base}`" if base else "not recorded",
         "parameters": f"{summary.parameters:,}, {summary.ratio:.1%} of {summary.dense_parameters:,}",
         "modules": f"{len(summary.ranks)} of limited rank, total rank {sum(summary.ranks.values())}",

@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from peft_rank.ranks import bare_model
+from peft_rank.tuners.lowrank import FactorizedLinear
 from peft_rank.tuners.lowrank.entry import low_rank_modules, read_entry, record_ranks
 
 from .card import CARD_NAME, write_compressed_card
@@ -28,8 +29,6 @@ from .draft import draft_of
 from .quantizer import linear_shape
 
 
-# tuner types whose layers become a `LowRankLinear`
-COMPRESSING = ("LOWRANK", "ADAPTIVE_RANK_SVD", "L2LRC", "INRANK")
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|" + re.escape(SAFE_WEIGHTS_INDEX_NAME))
 LOCATION = ("revision", "subfolder", "token", "cache_dir", "local_files_only", "force_download", "proxies")
 
@@ -98,17 +97,14 @@ def plain_model(model: nn.Module) -> PreTrainedModel:
     """
     model = bare_model(model)
     if isinstance(model, PeftModel):
-        kinds = {config.peft_type.value for config in model.peft_config.values()}
         model = model.get_base_model()
-    else:
-        kinds = {config.peft_type.value for config in vars(model).get("peft_config", {}).values()}
-    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-        unfinished = sorted(kinds & set(COMPRESSING))
+    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    if any(isinstance(layer, FactorizedLinear) for layer in layers):
+        raise RuntimeError("The compression is not final. Call `model.base_model.finalize()` first.")
+    if layers:
         raise RuntimeError(
-            f"The model has unfinished layers of {unfinished[0]}. Call `model.base_model.finalize()` first."
-            if unfinished
-            else "The model has adapters, which are no part of a compressed model. Call `model.merge_and_unload()` first, or "
-            "save the adapters with `model.save_pretrained`."
+            "The model has adapters, which are no part of a compressed model. Call `model.merge_and_unload()` first, or save "
+            "the adapters with `model.save_pretrained`."
         )
     if not isinstance(model, PreTrainedModel):
         raise TypeError(
