@@ -10,6 +10,7 @@ from .export.quantizer import register_low_rank
 from .ranks import get_rank_pattern
 from .reporting import plot_ranks, rank_table
 from .tuners.ars import AdaptiveRankSVDConfig, AdaptiveRankSVDModel
+from .tuners.inrank import InRankConfig, InRankModel
 from .tuners.l2lrc import L2LRCConfig, L2LRCModel
 from .tuners.lowrank import LowRankConfig, LowRankLinear, LowRankModel
 from .tuners.salientlora import SalientLoRAConfig, SalientLoRAModel
@@ -19,6 +20,8 @@ __all__ = [
     "AdaptiveRankSVDConfig",
     "AdaptiveRankSVDModel",
     "CalibrationStatistics",
+    "InRankConfig",
+    "InRankModel",
     "L2LRCConfig",
     "L2LRCModel",
     "LowRankConfig",
