@@ -1,13 +1,7 @@
 # Copyright 2026 The peft_rank authors. Licensed under the Apache License, Version 2.0.
 """From a budget of parameters to the ranks of factorized weights.
 
-Knows shapes, spectra and budgets; neither models nor where a spectrum comes from. A weight of shape (out, in) costs
-out * in parameters, its two factors of rank r cost r * (out + in). A module therefore climbs a ladder: from its lowest
-rank, by multiples of `rank_multiple`, to the highest rank whose factors are still smaller than the weight, and from there
-to the weight itself, which no factors beat any more. That last level is called dense and stands in the results as None.
-
-Ranks below one multiple (halves of it, down to 1) are on the ladder of a module that is too small for one multiple, and
-on every ladder where a budget cannot be met otherwise.
+Knows shapes, spectra and budgets; neither models nor where a spectrum comes from. Levels and ladders are `ladders.py`'s.
 
 No budget is ever exceeded. What is left of it is less than one step of the ladder that the search ended at, unless every
 module is dense. Everything is deterministic, so that every process comes to the same ranks.
@@ -19,83 +13,36 @@ import heapq
 import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-
-Shape = tuple[int, int]
-
-WIDE = 1024
-"""Modules whose smaller side has this many features are worth the larger multiple on a GPU."""
-
-
-class Level(NamedTuple):
-    """A step of a module's ladder: `rank` None is the dense weight."""
-
-    cost: int
-    rank: int | None
-
-
-def break_even(shape: Shape) -> int:
-    """The highest rank whose factors are smaller than the weight of shape (out, in): r (out + in) < out * in."""
-    out_features, in_features = shape
-    return (out_features * in_features - 1) // (out_features + in_features)
+from .ladders import (
+    Level,
+    Shape,
+    align_rank,
+    break_even,
+    default_multiple,
+    ladder,
+    ladders_within,
+    least_parameters,
+    parameters,
+)
 
 
-def parameters(shape: Shape, rank: int | None) -> int:
-    """Parameters of the factors of a rank, or of the dense weight where the rank is None."""
-    return math.prod(shape) if rank is None else rank * sum(shape)
-
-
-def default_multiple(shape: Shape, device: torch.device) -> int:
-    """What ranks should be multiples of: 64 for weights of 1024 features or more on both sides on a CUDA device of
-    compute capability 8 or more, where tensor cores are fed by tiles; else 8."""
-    tiles = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
-    return 64 if tiles and min(shape) >= WIDE else 8
-
-
-def align_rank(rank: int, shape: Shape, multiple: int) -> int | None:
-    """
-    A rank that somebody asked for, fit for the hardware.
-
-    Args:
-        rank (`int`): At least 1.
-        shape (`tuple[int, int]`): (out, in) of the weight.
-        multiple (`int`): At least 1.
-
-    Returns:
-        `int | None`: The nearest multiple whose factors are smaller than the weight, the higher one of two. A rank below
-        one multiple stays as it is, and so does every rank of a module too small for one. None, the dense weight, where
-        the factors of `rank` itself would not be smaller.
-    """
-    highest = break_even(shape)
-    if rank > highest:
-        return None
-    if rank < multiple:
-        return rank
-    return min((rank + multiple // 2) // multiple, highest // multiple) * multiple
-
-
-def ladder(shape: Shape, multiple: int, halves: bool = False) -> list[Level]:
-    """
-    Every level that a module can have, cheapest first.
-
-    Args:
-        shape (`tuple[int, int]`): (out, in) of the weight.
-        multiple (`int`): What ranks are multiples of.
-        halves (`bool`, *optional*, defaults to `False`): Start below one multiple, at 1, even where one multiple fits.
-    """
-    highest = break_even(shape)
-    ranks = list(range(multiple, highest + 1, multiple))
-    if halves or not ranks:
-        below, rank = [], multiple // 2
-        while rank >= 1:
-            below.append(rank)
-            rank //= 2
-        ranks = [rank for rank in reversed(below) if rank <= highest] + ranks
-    return [Level(parameters(shape, rank), rank) for rank in [*ranks, None]]
+__all__ = [
+    "Level",
+    "Shape",
+    "align_rank",
+    "break_even",
+    "default_multiple",
+    "ladder",
+    "parameter_budget",
+    "parameters",
+    "repair_ranks",
+    "spectral_ranks",
+    "uniform_ranks",
+]
 
 
 def parameter_budget(shapes: Sequence[Shape], ratio: float, *, others: int = 0) -> int:
@@ -114,7 +61,7 @@ def parameter_budget(shapes: Sequence[Shape], ratio: float, *, others: int = 0) 
     Raises:
         ValueError: If the ratio cannot be reached, or is above 1; the message names the range.
     """
-    dense, least = sum(map(math.prod, shapes)), _least(shapes)
+    dense, least = sum(map(math.prod, shapes)), least_parameters(shapes)
     total = dense + others
     # the lowest legal ratio, rounded up, so that the message can be followed to the letter
     lowest = math.ceil((least + others) / total * 1e4) / 1e4
@@ -146,10 +93,8 @@ def uniform_ranks(shapes: Sequence[Shape], budget: int, *, rank_multiple: int | 
     Raises:
         ValueError: If the budget is below what rank 1 takes everywhere, or above the dense weights.
     """
-    ladders = _ladders(shapes, budget, rank_multiple)
-    return _ranks(
-        ladders, _climb(ladders, [0] * len(ladders), budget, lambda i, level: level.cost / ladders[i][-1].cost)
-    )
+    ladders = ladders_within(shapes, budget, rank_multiple)
+    return _ranks(ladders, _level_with(ladders, budget))
 
 
 def spectral_ranks(
@@ -163,9 +108,10 @@ def spectral_ranks(
     Ranks that drop the least: the smallest sum of squared singular values beyond the ranks, for a budget.
 
     A choice of one level per module at the least loss for a cost: the steps along the lower convex hull of each module's
-    (cost, loss) are taken in order of loss avoided per parameter, which is optimal whenever the last one fits exactly.
-    Otherwise what is left is spent on the best levels that fit, on the hull or not, and the loss exceeds the optimum by
-    less than what the first step that did not fit would have avoided.
+    (cost, loss) are taken in order of loss avoided per parameter, which is optimal if they meet the budget exactly.
+    Otherwise what is left is spent on the best levels that fit, on the hull or not; the same is tried with the first step
+    that did not fit taken first; and the better of the two, or the uniform ranks if these are better still, exceeds the
+    optimum by less than what that step would have avoided.
 
     Args:
         spectra (`Sequence[Tensor]`): Singular values of every weight in the metric of a decomposition, shape
@@ -180,24 +126,15 @@ def spectral_ranks(
     Raises:
         ValueError: As `uniform_ranks`, and if a spectrum does not fit its weight or is not finite.
     """
-    ladders = _ladders(shapes, budget, rank_multiple)
+    ladders = ladders_within(shapes, budget, rank_multiple)
     losses = [_losses(values, shape, steps) for values, shape, steps in zip(spectra, shapes, ladders, strict=True)]
-    at = [0] * len(ladders)
-    left = budget - sum(steps[0].cost for steps in ladders)
-    segments = sorted(
-        (segment for i, steps in enumerate(ladders) for segment in _hull(i, steps, losses[i])),
-        key=lambda segment: (-segment[0], segment[1], segment[2]),
-    )
-    closed = set()
-    for _, module, level in segments:
-        cost = ladders[module][level].cost - ladders[module][at[module]].cost
-        if module in closed or cost > left:
-            # the hull of this module ends here
-            closed.add(module)
-        else:
-            at[module], left = level, left - cost
-    _spend(ladders, losses, at, left)
-    return _ranks(ladders, at)
+    segments = sorted(segment for i, steps in enumerate(ladders) for segment in _hull(i, steps, losses[i]))
+    greedy, missed = _follow(ladders, losses, segments, budget)
+    candidates = [greedy, _level_with(ladders, budget)]
+    if missed is not None:
+        candidates.append(_follow(ladders, losses, segments, budget, missed)[0])
+    best = min(candidates, key=lambda at: sum(losses[i][level] for i, level in enumerate(at)))
+    return _ranks(ladders, best)
 
 
 def repair_ranks(
@@ -231,7 +168,7 @@ def repair_ranks(
     Raises:
         ValueError: As `uniform_ranks`, and if a wish is negative or not finite or scores do not fit their weights.
     """
-    ladders = _ladders(shapes, budget, rank_multiple)
+    ladders = ladders_within(shapes, budget, rank_multiple)
     wishes = [_wish(rank, shape) for rank, shape in zip(desired, shapes, strict=True)]
     at = [
         min(range(len(steps)), key=lambda level: (abs(steps[level].cost / sum(shape) - wish), level))
@@ -245,7 +182,7 @@ def repair_ranks(
         _descend(ladders, at, budget, lambda i, low, high: -excess(i, high))
         return _ranks(ladders, _climb(ladders, at, budget, excess))
 
-    # negative, and 0 at the dense end: what is lost beyond a level
+    # what is lost beyond a rank
     losses = [_tail(values, shape, "scores") for values, shape in zip(scores, shapes, strict=True)]
 
     def worth(i: int, low: Level, high: Level) -> float:
@@ -257,32 +194,17 @@ def repair_ranks(
     return _ranks(ladders, _climb(ladders, at, budget, lambda i, level: -worth(i, below[i][level], level)))
 
 
-def _least(shapes: Sequence[Shape]) -> int:
-    return sum(parameters(shape, 1 if break_even(shape) else None) for shape in shapes)
-
-
-def _ladders(shapes: Sequence[Shape], budget: int, rank_multiple: int | Sequence[int]) -> list[list[Level]]:
-    """Ladders whose lowest levels the budget pays for."""
-    multiples = [rank_multiple] * len(shapes) if isinstance(rank_multiple, int) else list(rank_multiple)
-    if len(multiples) != len(shapes) or any(multiple < 1 for multiple in multiples):
-        raise ValueError(
-            f"`rank_multiple` must be an integer of at least 1, or one for each of the {len(shapes)} modules, got "
-            f"{rank_multiple!r}."
-        )
-    least, dense = _least(shapes), sum(map(math.prod, shapes))
-    if not least <= budget <= dense:
-        raise ValueError(
-            f"`budget` must be between {least} (rank 1 in each of the {len(shapes)} modules) and {dense} (all dense) "
-            f"parameters, got {budget}."
-        )
-    ladders = [ladder(shape, multiple) for shape, multiple in zip(shapes, multiples, strict=True)]
-    if sum(steps[0].cost for steps in ladders) > budget:
-        ladders = [ladder(shape, multiple, halves=True) for shape, multiple in zip(shapes, multiples, strict=True)]
-    return ladders
-
-
 def _ranks(ladders: Sequence[Sequence[Level]], at: Sequence[int]) -> list[int | None]:
     return [steps[level].rank for steps, level in zip(ladders, at, strict=True)]
+
+
+def _left(ladders: Sequence[Sequence[Level]], at: Sequence[int], budget: int) -> int:
+    return budget - sum(steps[level].cost for steps, level in zip(ladders, at, strict=True))
+
+
+def _level_with(ladders: Sequence[Sequence[Level]], budget: int) -> list[int]:
+    """Levels at which all modules keep the same part, as nearly as possible."""
+    return _climb(ladders, [0] * len(ladders), budget, lambda i, level: level.cost / ladders[i][-1].cost)
 
 
 def _climb(
@@ -290,7 +212,7 @@ def _climb(
 ) -> list[int]:
     """Steps up, that of the smallest key first, which is given the module and the level that it would reach. After the
     first step that does not fit, every other module takes one more at the most."""
-    left = budget - sum(steps[level].cost for steps, level in zip(ladders, at, strict=True))
+    left = _left(ladders, at, budget)
     queue = [(key(i, steps[at[i] + 1]), i) for i, steps in enumerate(ladders) if at[i] + 1 < len(steps)]
     heapq.heapify(queue)
     last_round = False
@@ -312,13 +234,13 @@ def _descend(
 ) -> None:
     """Steps down until the budget is met, that of the smallest key first, which is given the module and the levels below
     and above the step."""
-    used = sum(steps[level].cost for steps, level in zip(ladders, at, strict=True))
+    left = _left(ladders, at, budget)
     queue = [(key(i, steps[at[i] - 1], steps[at[i]]), i) for i, steps in enumerate(ladders) if at[i]]
     heapq.heapify(queue)
-    while used > budget:
+    while left < 0:
         _, i = heapq.heappop(queue)
         steps = ladders[i]
-        used -= steps[at[i]].cost - steps[at[i] - 1].cost
+        left += steps[at[i]].cost - steps[at[i] - 1].cost
         at[i] -= 1
         if at[i]:
             heapq.heappush(queue, (key(i, steps[at[i] - 1], steps[at[i]]), i))
@@ -352,17 +274,44 @@ def _losses(values: Tensor, shape: Shape, steps: Sequence[Level]) -> list[float]
 
 
 def _hull(module: int, steps: Sequence[Level], losses: Sequence[float]) -> list[tuple[float, int, int]]:
-    """Steps along the lower convex hull of (cost, loss), steepest first: (loss avoided per parameter, module, level)."""
+    """Steps along the lower convex hull of (cost, loss), steepest first: (- loss avoided per parameter, module, level)."""
 
     def slope(low: int, high: int) -> float:
-        return (losses[low] - losses[high]) / (steps[high].cost - steps[low].cost)
+        return (losses[high] - losses[low]) / (steps[high].cost - steps[low].cost)
 
     hull = [0]
     for level in range(1, len(steps)):
-        while len(hull) > 1 and slope(hull[-2], hull[-1]) <= slope(hull[-1], level):
+        while len(hull) > 1 and slope(hull[-2], hull[-1]) >= slope(hull[-1], level):
             hull.pop()
         hull.append(level)
     return [(slope(low, high), module, high) for low, high in pairwise(hull)]
+
+
+def _follow(
+    ladders: Sequence[Sequence[Level]],
+    losses: Sequence[Sequence[float]],
+    segments: Sequence[tuple[float, int, int]],
+    budget: int,
+    forced: tuple[int, int] | None = None,
+) -> tuple[list[int], tuple[int, int] | None]:
+    """Levels after taking every segment that fits, and the first (module, level) that did not; one can be forced."""
+    at, closed, missed = [0] * len(ladders), set(), None
+    if forced is not None and ladders[forced[0]][forced[1]].cost - ladders[forced[0]][0].cost <= _left(
+        ladders, at, budget
+    ):
+        at[forced[0]] = forced[1]
+        closed.add(forced[0])
+    left = _left(ladders, at, budget)
+    for _, module, level in segments:
+        cost = ladders[module][level].cost - ladders[module][at[module]].cost
+        if module not in closed and cost <= left:
+            at[module], left = level, left - cost
+        elif module not in closed:
+            # the hull of this module ends here
+            closed.add(module)
+            missed = missed or (module, level)
+    _spend(ladders, losses, at, left)
+    return at, missed
 
 
 def _spend(ladders: Sequence[Sequence[Level]], losses: Sequence[Sequence[float]], at: list[int], left: int) -> None:
