@@ -21,6 +21,9 @@ from cards import Hub, run, snippets
 from peft_rank import export_lora, get_rank_pattern, rank_table
 from peft_rank.export import card as card_module
 from peft_rank.export.lora import export_lora_files
+from peft_rank.export.snapshot import read_summary
+from peft_rank.export.verify import compare
+from peft_rank.tuners.lowrank import LowRankConfig
 from runs import adam, adapted, assert_close, config, logits, make_trainer, steps_by_hand
 from tiny_models import TinyModel
 
@@ -148,6 +151,37 @@ def test_every_adapter_of_ours_is_told_of(llama: TinyModel, tmp_path: Path) -> N
     assert "Adapter `default`:" in text
     assert "Adapter `second`:" in text
     assert "fixed ranks" in text
+
+
+def test_the_card_of_fixed_ranks(tiny: TinyModel, tmp_path: Path) -> None:
+    tiny.make_model().save_pretrained(tmp_path / "base")
+    base_model = tiny.model_class.from_pretrained(tmp_path / "base")
+    targets = list(tiny.target_modules)
+    settings = LowRankConfig(ratio=0.7, rank_multiple=1, target_modules=targets, task_type=tiny.task_type)
+    model = get_peft_model(base_model, settings).eval()
+    model.save_pretrained(tmp_path / "adapter")
+    card = ModelCard.load(tmp_path / "adapter" / "README.md")
+    assert {"peft_rank", "low-rank", "lowrank"} <= set(card.data.tags)
+    assert "salientlora" not in card.data.tags
+    assert "low-rank factors, svd" in card.text
+    assert "0.7 of the parameters of the targeted modules, uniform" in card.text
+    assert rank_table(model).markdown() in card.text
+    file = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    trained = sum(tensor.numel() for tensor in file.values())
+    factors = sum(tensor.numel() for key, tensor in file.items() if ".lowrank_" in key)
+    assert f"| trainable parameters | {trained:,}, {factors:,} of them in the factors |" in card.text
+    load_it, compress_it = snippets(card)
+    names: dict[str, Any] = {}
+    run(load_it.replace(card_module.HERE, str(tmp_path / "adapter")), names)
+    assert_close(logits(names["model"], tiny), logits(model, tiny), 0)
+    run(compress_it.replace('"compressed"', f'"{tmp_path / "compressed"}"'), names)
+    assert compare(tmp_path / "adapter", tmp_path / "compressed").largest < 1e-5
+    summary = read_summary(tmp_path / "adapter")
+    assert summary.ranks == get_rank_pattern(model)
+    assert (summary.parameters, summary.other_parameters) == (factors, trained - factors)
+    assert summary.finished
+    with pytest.raises(ValueError, match="type LOWRANK, which replaces weights"):
+        export_lora_files(tmp_path / "adapter", tmp_path / "lora")
 
 
 def test_cards_of_other_methods_stay_as_they_are(llama: TinyModel, tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 import importlib.metadata
 import re
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import wraps
 from pathlib import Path
 from typing import Any
@@ -22,11 +22,12 @@ import transformers
 from huggingface_hub import ModelCard, ModelCardData
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel
 from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from transformers import PreTrainedModel
 
 from peft_rank.reporting import rank_grid
+from peft_rank.tuners.lowrank import LowRankConfig
 from peft_rank.tuners.salientlora import SalientLoRAConfig
 
 from .directory import CompressedSummary, guard, is_compressed, read_compressed
@@ -35,14 +36,24 @@ from .snapshot import AdapterSummary, summarize_model
 
 CARD_NAME = "README.md"
 START, END = "<!-- peft_rank: start -->", "<!-- peft_rank: end -->"
-ADAPTER_TAGS = ("peft_rank", "adaptive-rank", "salientlora")
-COMPRESSED_TAGS = ("peft_rank", "low-rank", "compressed")
+LORA_TAGS = ("peft_rank", "adaptive-rank", "salientlora")
+LOW_RANK_TAGS = ("peft_rank", "low-rank")
 HERE = "path/or/repository-of-this-adapter"
 MODEL_HERE = "path/or/repository-of-this-model"
 LOADING = (
     "`pip install peft-rank` provides the package. `load_compressed` makes sure that every weight came from these files. "
     "After `import peft_rank`, which has to come first, the classes of transformers and `pipeline` load the model, too:"
 )
+TO_LORA = [
+    "`pip install peft-rank` provides the first. To do without it, export to plain LoRA, which is exact:",
+    '```python\npeft_rank.export_lora(model, "plain-lora")\n```',
+    "or `peft-rank export DIR plain-lora` in a shell, which needs a folder with the adapter's files only.",
+]
+TO_COMPRESSED = [
+    "`pip install peft-rank` provides the first. The factors stand in for weights of the base model, which is loaded, too. To "
+    + "have the compressed model alone, as a directory for `from_pretrained`:",
+    '```python\nmodel.base_model.finalize()\npeft_rank.save_compressed(model, "compressed")\n```',
+]
 
 
 # ---- the extension of PEFT and transformers ----
@@ -95,17 +106,25 @@ def _write_card(
         summaries = {name: summarize_model(model, name) for name in adapters}
         base_model = card.data.base_model or next(iter(adapters.values())).base_model_name_or_path
         # on the disk PEFT's own entry stands, a local folder too; the Hub refuses what is no repository
-        _put_data(
-            card, "peft", base_model if location == HERE else _repository(base_model), [*(tags or []), *ADAPTER_TAGS]
-        )
+        base_model = base_model if location == HERE else _repository(base_model)
+        _put_data(card, "peft", base_model, [*(tags or []), *_tags(adapters.values())])
         _put_section(card, _adapter_section(summaries, location))
         card.save(path)
     except Exception as error:  # noqa: BLE001 - whatever it is, the adapter is still to be saved
         warnings.warn(f"The model card says nothing of the ranks: {type(error).__name__}: {error}", stacklevel=3)
 
 
-def _our_adapters(model: PeftModel) -> dict[str, SalientLoRAConfig]:
-    return {name: config for name, config in model.peft_config.items() if isinstance(config, SalientLoRAConfig)}
+def _our_adapters(model: PeftModel) -> dict[str, SalientLoRAConfig | LowRankConfig]:
+    kinds = (SalientLoRAConfig, LowRankConfig)
+    return {name: config for name, config in model.peft_config.items() if isinstance(config, kinds)}
+
+
+def _tags(configs: Iterable[SalientLoRAConfig | LowRankConfig]) -> set[str]:
+    return {
+        tag
+        for config in configs
+        for tag in (LORA_TAGS if isinstance(config, SalientLoRAConfig) else (*LOW_RANK_TAGS, "lowrank"))
+    }
 
 
 # ---- cards ----
@@ -122,7 +141,7 @@ def lora_card(summary: AdapterSummary, config: LoraConfig, path: Path) -> ModelC
     """
     card = ModelCard.load(path) if path.exists() else ModelCard("---\n{}\n---\n\n# LoRA adapter\n")
     base = config.base_model_name_or_path
-    _put_data(card, "peft", _repository(base), ["lora", *ADAPTER_TAGS])
+    _put_data(card, "peft", _repository(base), ["lora", *LORA_TAGS])
     rows = {
         "format": "plain LoRA, converted exactly from SalientLoRA",
         "base model": f"`{base}`" if base else "not recorded",
@@ -161,7 +180,7 @@ def write_compressed_card(directory: Path, known: Path, location: str = MODEL_HE
         card = ModelCard.load(known) if known.exists() else ModelCard("---\n{}\n---\n\n# Compressed model\n")
         summary = read_compressed(directory)
         base_model = _repository(summary.base_model) or card.data.base_model
-        _put_data(card, "transformers", base_model, list(COMPRESSED_TAGS))
+        _put_data(card, "transformers", base_model, [*LOW_RANK_TAGS, "compressed"])
         _put_section(card, _compressed_section(summary, location))
         card.save(directory / CARD_NAME)
     except Exception as error:  # noqa: BLE001 - whatever it is, the model is still to be saved
@@ -206,25 +225,23 @@ def _adapter_section(summaries: dict[str, AdapterSummary], location: str) -> str
         if len(summaries) > 1:
             parts.append(f"Adapter `{name}`:")
         base = config.base_model_name_or_path
-        rows = {"method": "SalientLoRA", "base model": f"`{base}`" if base else "not recorded", **_facts(summary)}
+        method = (
+            "SalientLoRA" if isinstance(config, SalientLoRAConfig) else f"low-rank factors, {config.decomposition}"
+        )
+        rows = {"method": method, "base model": f"`{base}`" if base else "not recorded", **_facts(summary)}
         parts += [_table(rows), rank_grid(summary.ranks).markdown()]
     first = next(iter(summaries.values()))
     parts += [
         "### Load",
         f"```python\nimport peft_rank, peft\nmodel = {_load_call(first.config, location, first.num_labels)}\n```",
-        "`pip install peft-rank` provides the first. To do without it, export to plain LoRA, which is exact:",
-        '```python\npeft_rank.export_lora(model, "plain-lora")\n```',
-        "or `peft-rank export DIR plain-lora` in a shell, which needs a folder with the adapter's files only.",
     ]
-    return "\n\n".join(parts)
+    return "\n\n".join(parts + (TO_LORA if isinstance(first.config, SalientLoRAConfig) else TO_COMPRESSED))
 
 
 def _facts(summary: AdapterSummary) -> dict[str, str]:
-    modules, config = len(summary.ranks), summary.config
-    budget = f"{config.target_r} a module on average, {summary.target_total} in {modules} modules"
-    left = f"{summary.total}, {summary.total / modules:.4g} a module, largest {max(summary.ranks.values())}"
+    left = f"{summary.total}, {summary.total / len(summary.ranks):.4g} a module, largest {max(summary.ranks.values())}"
     return {
-        "budget": budget if config.allocates else "fixed ranks, no allocation",
+        "budget": summary.budget,
         "total rank": left if summary.finished else f"{left}; **the allocation has not finished**",
         "trainable parameters": f"{summary.parameters + summary.other_parameters:,}, "
         f"{summary.parameters:,} of them in the factors",
@@ -247,14 +264,14 @@ def _table(rows: dict[str, str]) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
 
 
-def _load_call(config: SalientLoRAConfig | LoraConfig, location: str, num_labels: int | None) -> str:
+def _load_call(config: PeftConfig, location: str, num_labels: int | None) -> str:
     """What loads base model and adapter. A base model gets two labels, or those that it was saved with, if not told."""
     told = config.task_type in ("SEQ_CLS", "TOKEN_CLS") and num_labels not in (None, 2)
     labels = f", num_labels={num_labels}" if told else ""
     return f'peft.{auto_class(config).__name__}.from_pretrained("{location}"{labels})'
 
 
-def auto_class(config: SalientLoRAConfig | LoraConfig) -> type:
+def auto_class(config: PeftConfig) -> type:
     """PEFT's class that loads base model and adapter at once."""
     model_class = MODEL_TYPE_TO_PEFT_MODEL_MAPPING.get(config.task_type, PeftModel)
     return getattr(peft, f"Auto{model_class.__name__}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,10 +15,13 @@ import safetensors
 import safetensors.torch
 import torch
 from peft import PeftModel, get_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
 from torch import nn
 
 from peft_rank.ranks import adapter_layers, bare_model
+from peft_rank.tuners.adaptive import RankLayer
+from peft_rank.tuners.config import AdaptedModulesConfig
 from peft_rank.tuners.salientlora import SalientLoRAConfig, SalientLoRALayer
 from peft_rank.tuners.salientlora.allocator import read_state
 from peft_rank.tuners.salientlora.checkpoint import PEFT_PREFIX, plain_name
@@ -34,7 +38,7 @@ class AdapterSummary:
     What there is to say about an adapter without looking at its values.
 
     Args:
-        config (`SalientLoRAConfig`): The adapter's configuration.
+        config (`AdaptedModulesConfig`): The adapter's configuration.
         ranks (`dict[str, int]`): Module name in the base model -> ranks that are not pruned.
         parameters (`int`): Numbers in the factors of these ranks.
         other_parameters (`int`): Numbers in `modules_to_save` and trained biases.
@@ -42,7 +46,7 @@ class AdapterSummary:
         num_labels (`int`, *optional*): Labels of the model; means nothing where it is no classifier.
     """
 
-    config: SalientLoRAConfig
+    config: AdaptedModulesConfig
     ranks: dict[str, int]
     parameters: int
     other_parameters: int
@@ -54,14 +58,30 @@ class AdapterSummary:
         return sum(self.ranks.values())
 
     @property
-    def target_total(self) -> int:
-        """The total rank that the adapter was to end with."""
-        return self.config.target_r * len(self.ranks)
+    def target_total(self) -> int | None:
+        """The total rank that the adapter was to end with, where it was to end with one."""
+        allocates = isinstance(self.config, SalientLoRAConfig) and self.config.allocates
+        return self.config.target_r * len(self.ranks) if allocates else None
 
     @property
     def finished(self) -> bool:
         """Whether nothing is left to allocate."""
-        return not self.config.allocates or self.total <= self.target_total
+        if isinstance(self.config, SalientLoRAConfig):
+            return self.target_total is None or self.total <= self.target_total
+        return self.config.allocation_state is None
+
+    @property
+    def budget(self) -> str:
+        """What the ranks had to meet."""
+        if self.target_total is not None:
+            return f"{self.config.target_r} a module on average, {self.target_total} in {len(self.ranks)} modules"
+        settings = vars(self.config)
+        ratio = settings.get("target_ratio", settings.get("ratio"))
+        if ratio is None:
+            return "fixed ranks, no allocation"
+        scope = "the model" if settings["ratio_scope"] == "model" else "the targeted modules"
+        how = f", {settings['allocation']}" if "allocation" in settings else ""
+        return f"{ratio} of the parameters of {scope}{how}"
 
 
 @dataclass(frozen=True)
@@ -153,20 +173,21 @@ def _others(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 def read_directory(directory: str | Path) -> AdapterSnapshot:
     """
-    The adapter in a local directory that `save_pretrained` wrote.
+    The SalientLoRA adapter in a local directory that `save_pretrained` wrote.
 
     Args:
         directory (`str` or `Path`): Holds `adapter_config.json` and `adapter_model.safetensors`.
 
     Raises:
-        ValueError: If the files are missing or damaged, or belong to a method of another package.
+        ValueError: If the files are missing or damaged, or belong to another method.
     """
-    config = read_config(directory)
-    if config.get("peft_type") != "SALIENTLORA":
-        raise ValueError(f"{directory} holds an adapter of type {config.get('peft_type')}, which is not peft_rank's.")
-    path = Path(directory) / SAFETENSORS_WEIGHTS_NAME
-    if not path.is_file():
-        raise ValueError(f"{directory} has no {SAFETENSORS_WEIGHTS_NAME}.")
+    if not issubclass(_config_class(directory), SalientLoRAConfig):
+        kind = read_config(directory)["peft_type"]
+        raise ValueError(
+            f"{directory} holds an adapter of type {kind}, which replaces weights and is no LoRA. Load it, call "
+            "`model.base_model.finalize()` and `save_compressed(model, directory)`."
+        )
+    path = _weights_path(directory)
     config = SalientLoRAConfig.from_pretrained(str(directory))
     state = safetensors.torch.load_file(path)
     names = [plain_name(key.removesuffix("." + FACTORS[0])) for key in state if key.endswith("." + FACTORS[0])]
@@ -176,9 +197,56 @@ def read_directory(directory: str | Path) -> AdapterSnapshot:
         # which are pruned is told by E = 0: the state lists modules in an order that the file does not have
         factors = {name: (A[E != 0], E[E != 0], B[:, E != 0]) for name, (A, E, B) in factors.items()}
     others = _others(state)
+    return AdapterSnapshot(config, factors, others, frozenset(names), _labels_in(others))
+
+
+def read_summary(directory: str | Path) -> AdapterSummary:
+    """
+    The summary of any adapter of this package in a local directory that `save_pretrained` wrote.
+
+    Args:
+        directory (`str` or `Path`): Holds `adapter_config.json` and `adapter_model.safetensors`.
+
+    Raises:
+        ValueError: If the files are missing or damaged, or belong to a method of another package.
+    """
+    config_class = _config_class(directory)
+    if issubclass(config_class, SalientLoRAConfig):
+        return read_directory(directory).summary
+    state = safetensors.torch.load_file(_weights_path(directory))
+    config = config_class.from_pretrained(str(directory))
+    # these methods list every module that has a rank
+    ranks = {re.sub(r"\\(.)", r"\1", key.removeprefix("^")): rank for key, rank in config.rank_pattern.items()}
+    inside = tuple(f"{PEFT_PREFIX}{name}." for name in ranks)
+    parameters = sum(tensor.numel() for key, tensor in state.items() if key.startswith(inside))
+    return AdapterSummary(
+        config=config,
+        ranks=dict(sorted(ranks.items())),
+        parameters=parameters,
+        other_parameters=sum(tensor.numel() for tensor in state.values()) - parameters,
+        bytes=sum(tensor.nbytes for tensor in state.values()),
+        num_labels=_labels_in(state),
+    )
+
+
+def _config_class(directory: str | Path) -> type[AdaptedModulesConfig]:
+    kind = read_config(directory).get("peft_type")
+    config_class = PEFT_TYPE_TO_CONFIG_MAPPING.get(kind, object)
+    if not issubclass(config_class, AdaptedModulesConfig):
+        raise ValueError(f"{directory} holds an adapter of type {kind}, which is not peft_rank's.")
+    return config_class
+
+
+def _weights_path(directory: str | Path) -> Path:
+    path = Path(directory) / SAFETENSORS_WEIGHTS_NAME
+    if not path.is_file():
+        raise ValueError(f"{directory} has no {SAFETENSORS_WEIGHTS_NAME}.")
+    return path
+
+
+def _labels_in(others: dict[str, torch.Tensor]) -> int | None:
     weights = [others[key] for key in CLASSIFIERS if key in others]
-    num_labels = weights[0].shape[0] if weights else None
-    return AdapterSnapshot(config, factors, others, frozenset(names), num_labels)
+    return weights[0].shape[0] if weights else None
 
 
 def _has_pruned(state: dict[str, torch.Tensor], path: Path) -> bool:
@@ -220,11 +288,14 @@ def summarize_model(model: nn.Module, adapter_name: str) -> AdapterSummary:
         TypeError: If the model has no such adapter.
     """
     model = bare_model(model)
-    adapter_name, layers = adapter_layers(model, adapter_name, SalientLoRALayer)
+    adapter_name, layers = adapter_layers(model, adapter_name)
     ranks = {name: layer.rank(adapter_name) for name, layer in layers.items()}
-    parameters = sum(ranks[name] * (layer.in_features + 1 + layer.out_features) for name, layer in layers.items())
+    singular_values = isinstance(model.peft_config[adapter_name], SalientLoRAConfig)  # E
+    widths = {name: layer.in_features + singular_values + layer.out_features for name, layer in layers.items()}
+    parameters = sum(rank * widths[name] for name, rank in ranks.items())
     others = list(dict.fromkeys(_trained_beside(model, layers.values(), adapter_name)))
-    width = next(iter(layers.values())).salientlora_A[adapter_name].element_size()
+    first = next(iter(layers.values()))
+    width = getattr(first, first.adapter_layer_names[0])[adapter_name].element_size()
     sizes = [_numel(parameter) for parameter in others]
     return AdapterSummary(
         config=model.peft_config[adapter_name],
@@ -240,7 +311,7 @@ def _num_labels(model: nn.Module) -> int | None:
     return getattr(getattr(model, "config", None), "num_labels", None)
 
 
-def _trained_beside(model: nn.Module, layers: Iterable[SalientLoRALayer], adapter_name: str) -> Iterator[nn.Parameter]:
+def _trained_beside(model: nn.Module, layers: Iterable[RankLayer], adapter_name: str) -> Iterator[nn.Parameter]:
     """Parameters of `modules_to_save`, and the trained biases."""
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:

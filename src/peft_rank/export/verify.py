@@ -8,16 +8,14 @@ from typing import Any, NamedTuple
 
 import torch
 import transformers
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from peft.utils import CONFIG_NAME
 from torch import nn
-
-from peft_rank.tuners.salientlora import SalientLoRAConfig
 
 from .card import auto_class
 from .compressed import load_compressed
 from .directory import is_compressed
-from .snapshot import read_directory
+from .snapshot import read_summary
 
 
 SAMPLES, LENGTH = 4, 16
@@ -55,14 +53,14 @@ def compare(
     """
     if is_compressed(adapter):
         return _compare_compressed(adapter, other)
-    snapshot = read_directory(adapter)
-    config = snapshot.config
+    summary = read_summary(adapter)
+    config = summary.config
     base_model = base_model or config.base_model_name_or_path
     if not base_model:
         raise ValueError(f"{adapter} does not name its base model. Name it with --base.")
     settings: dict[str, Any] = {"dtype": torch.float32}
     if num_labels is None:
-        num_labels = snapshot.num_labels
+        num_labels = summary.num_labels
     if num_labels is not None:
         # the adapter brings its own classifier
         settings.update(num_labels=num_labels, ignore_mismatched_sizes=True)
@@ -98,7 +96,7 @@ def _with_adapter(base_model: nn.Module, directory: str | Path) -> PeftModel:
         ) from error
 
 
-def _model_class(config: SalientLoRAConfig) -> type:
+def _model_class(config: PeftConfig) -> type:
     """The transformers class that the adapter was trained with."""
     by_task = auto_class(config)._target_class
     if by_task is not None:
