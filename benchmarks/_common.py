@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import gc
 import json
 import platform
 import queue
@@ -61,10 +62,15 @@ def captured(call: Callable[[], Any], stream: torch.cuda.Stream | None = None) -
     with torch.cuda.stream(stream):
         for _ in range(2):
             call()
-    torch.cuda.current_stream().wait_stream(stream)
+    torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream):
-        call()
+    gc.collect()  # an old graph that were collected while this one is captured would spoil it
+    gc.disable()
+    try:
+        with torch.cuda.graph(graph, stream=stream):
+            call()
+    finally:
+        gc.enable()
     return graph.replay
 
 

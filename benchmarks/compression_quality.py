@@ -1,0 +1,201 @@
+# Copyright 2026 The peft_rank authors. Licensed under the Apache License, Version 2.0.
+"""Perplexity of a compressed language model: every decomposition, with uniform and spectral budgets, at three ratios.
+
+    python benchmarks/compression_quality.py --model HuggingFaceTB/SmolLM2-135M             # WikiText-2 from the Hub
+    python benchmarks/compression_quality.py --model DIR --data DIR                         # DIR/<split>.jsonl.gz
+
+Compresses the decoder's linears, calibrated on the first tokens of the training text, without any training, and measures
+on the first tokens of the test text, in windows without overlap. Ratios count the decoder's linears; ranks are multiples
+of 8. Single precision throughout. Iterative decompositions stop after --iterations. Modules are decomposed several at a
+time, because small ones keep a GPU waiting.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import itertools
+import json
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from _common import Deadline, argument_parser, in_parallel, store
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from peft_rank import LowRankConfig, calibrate
+from peft_rank.allocation.parameters import parameter_budget, parameters, spectral_ranks, uniform_ranks
+from peft_rank.calibration.statistics import statistic_for
+from peft_rank.decomposition import ITERATIVE, STATISTIC, Factors, decompose, weighted_spectrum
+from peft_rank.tuners.lowrank import LowRankLinear
+
+
+ALLOCATIONS = ("uniform", "spectral")
+RANK_MULTIPLE = 8
+BATCH = 8
+
+
+def read_text(split: str, data: Path | None) -> str:
+    """All lines with an empty line between them, as perplexities on WikiText are usually taken."""
+    if data is None:
+        from datasets import load_dataset
+
+        rows = load_dataset("Salesforce/wikitext", "wikitext-2-raw-v1", split=split)
+    else:
+        with gzip.open(data / f"{split}.jsonl.gz", "rt", encoding="utf-8") as file:
+            rows = [json.loads(line) for line in file]
+    return "\n\n".join(row["text"] for row in rows)
+
+
+def windows(tokenizer: Any, text: str, tokens: int, context: int) -> Tensor:
+    """(windows, context) token ids of the beginning of a text."""
+    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
+    count = min(tokens, len(ids)) // context
+    return ids[: count * context].view(count, context)
+
+
+@torch.no_grad()
+def perplexity(model: nn.Module, ids: Tensor) -> float:
+    """Of every token but the first of each window, given those before it in the window."""
+    total = torch.zeros((), dtype=torch.float64, device=ids.device)
+    for batch in ids.split(BATCH):
+        logits = model(input_ids=batch, use_cache=False).logits[:, :-1].float()
+        total += F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="sum").double()
+    return math.exp(float(total) / ids[:, 1:].numel())
+
+
+def linears(model: nn.Module) -> dict[str, nn.Linear]:
+    """The decoder's, by name; the head is not one of them."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and module is not model.get_output_embeddings()
+    }
+
+
+@contextmanager
+def compressed(model: nn.Module, factors: dict[str, Factors]) -> Iterator[None]:
+    """The model with factors in the place of some of its linears."""
+    dense = {name: model.get_submodule(name) for name in factors}
+    for name, linear in dense.items():
+        model.set_submodule(name, LowRankLinear.from_factors(factors[name], linear.bias))
+    try:
+        yield
+    finally:
+        for name, linear in dense.items():
+            model.set_submodule(name, linear)
+
+
+class Calibration:
+    """Statistics by what they are of, each collected once, kept on the device while it is needed."""
+
+    def __init__(self, model: nn.Module, ids: Tensor) -> None:
+        self.model, self.ids = model, ids
+        self.kind: str | None = None
+        self.arguments: dict[str, dict[str, Tensor]] = {}
+
+    def arguments_for(self, method: str) -> dict[str, dict[str, Tensor]]:
+        """Keyword arguments of `decompose` by module."""
+        kind = statistic_for(method)
+        names = list(linears(self.model))
+        if kind is None:
+            return {name: {} for name in names}
+        if kind != self.kind:
+            batches = [{"input_ids": ids, "labels": ids, "use_cache": False} for ids in self.ids.split(BATCH)]
+            config = LowRankConfig(rank=1, decomposition=method, target_modules=names)
+            statistics = calibrate(self.model, batches, config=config, progress=False)
+            self.kind = kind
+            self.arguments = {
+                name: {key: value.to(self.ids.device) for key, value in statistics.for_module(name, method).items()}
+                for name in names
+            }
+        return self.arguments
+
+
+def measure(
+    model: nn.Module, ids: Tensor, calibration: Calibration, args: argparse.Namespace
+) -> Iterator[dict[str, Any]]:
+    """A row for the dense model, and one for every decomposition, budget and ratio."""
+    yield {"decomposition": "dense", "perplexity": round(perplexity(model, ids), 3)}
+    weights = {name: linear.weight.detach() for name, linear in linears(model).items()}
+    shapes = [tuple(weight.shape) for weight in weights.values()]
+    dense = sum(map(math.prod, shapes))
+    deadline = Deadline(args.seconds)
+    for method in args.decompositions:
+        start = time.perf_counter()
+        if deadline.left() > 0:
+            given = calibration.arguments_for(method)
+            spectra = in_parallel(
+                lambda name, method=method, given=given: weighted_spectrum(weights[name], method, **given[name]),
+                weights,
+                args.workers,
+            )
+        for allocation, ratio in itertools.product(args.allocations, args.ratios):
+            row: dict[str, Any] = {"decomposition": method, "allocation": allocation, "ratio": ratio}
+            if deadline.left() <= 0:
+                yield row | {"error": "out of time"}
+                continue
+            budget = parameter_budget(shapes, ratio)
+            if allocation == "uniform":
+                found = uniform_ranks(shapes, budget, rank_multiple=RANK_MULTIPLE)
+            else:
+                found = spectral_ranks(spectra, shapes, budget, rank_multiple=RANK_MULTIPLE)
+            ranks = {name: rank for name, rank in zip(weights, found, strict=True) if rank is not None}
+            factors = in_parallel(
+                lambda name, method=method, given=given, ranks=ranks: decompose(
+                    weights[name], ranks[name], method, max_iterations=args.iterations, **given[name]
+                ),
+                ranks,
+                args.workers,
+            )
+            with compressed(model, dict(zip(ranks, factors, strict=True))):
+                row["perplexity"] = round(perplexity(model, ids), 3)
+            kept = sum(parameters(shape, rank) for shape, rank in zip(shapes, found, strict=True))
+            row |= {"kept": round(kept / dense, 5), "factorized": len(ranks)}
+            yield row | {"seconds": round(time.perf_counter() - start, 2)}
+            start = time.perf_counter()
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argument_parser(__doc__, "compression_quality")
+    methods = [method for method in STATISTIC if method not in ITERATIVE] + list(ITERATIVE)
+    methods.sort(key=lambda method: (statistic_for(method) or "", method in ITERATIVE))
+    parser.add_argument("--model", required=True, help="causal language model, a directory or a name on the Hub")
+    parser.add_argument("--data", type=Path, help="folder of <split>.jsonl.gz; the Hub's WikiText-2 by default")
+    parser.add_argument("--decompositions", nargs="+", default=methods, choices=methods)
+    parser.add_argument("--allocations", nargs="+", default=list(ALLOCATIONS), choices=list(ALLOCATIONS))
+    parser.add_argument("--ratios", nargs="+", type=float, default=[0.95, 0.9, 0.8])
+    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--test-tokens", type=int, default=20_480)
+    parser.add_argument("--calibration-tokens", type=int, default=65_536)
+    parser.add_argument("--iterations", type=int, default=10, help="of em, nesterov and anderson")
+    parser.add_argument("--workers", type=int, default=8, help="modules that are decomposed at the same time on a GPU")
+    parser.add_argument("--seconds", type=float, default=600, help="limit; what is missing then is stored so")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    torch.set_float32_matmul_precision("highest")
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(device).eval()
+    test = windows(tokenizer, read_text("test", args.data), args.test_tokens, args.context).to(device)
+    train = windows(tokenizer, read_text("train", args.data), args.calibration_tokens, args.context).to(device)
+    settings = {key: value for key, value in vars(args).items() if key not in ("output", "data")}
+    settings["model"] = Path(args.model).name
+    rows: list[dict[str, Any]] = []
+    for row in measure(model, test, Calibration(model, train), args):
+        rows.append(row)
+        print(row, flush=True)
+        store(args.output, rows, **settings)
+
+
+if __name__ == "__main__":
+    main()
