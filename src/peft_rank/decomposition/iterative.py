@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from .metric import Metric, make_metric, split
-from .svd import Factors, thin_svd
+from .svd import Factors, product, thin_svd
 
 
 RELATIVE_TOLERANCE = 1e-8
@@ -59,7 +59,7 @@ class Problem:
         self.rank = rank
 
     def iterate(self, factors: Factors) -> Iterate:
-        dense = factors.up @ factors.down
+        dense = product(*factors)
         squares = (self.weight - dense).square_().mul_(self.importance)
         return Iterate(factors, dense, float(squares.sum(dtype=torch.float64)))
 
