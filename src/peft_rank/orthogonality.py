@@ -5,7 +5,7 @@
 
 (AdaLoRA, https://huggingface.co/papers/2303.10512, eq. 4; SalientLoRA, NeurIPS 2024). The norms are not squared, as in
 the released code of both. The gradient is written out, so that it needs no autograd graph and no loss: it can be added
-to the gradients once per optimizer step. Factors of equal shape are batched into one product.
+to the gradients once per optimizer step. Factors of similar shape are batched into one product.
 
 Differences from the released code: only living ranks take part (there, ranks that were pruned stay in the sum), and the
 gradient vanishes, instead of being NaN or rounding noise of full size, where a factor is orthonormal to rounding.
@@ -13,8 +13,10 @@ gradient vanishes, instead of being NaN or rounding noise of full size, where a 
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 
 import torch
 
@@ -23,26 +25,63 @@ import torch
 _STACK_NUMEL = 2**26
 
 
+def join_ranks(factors: Sequence[torch.Tensor], rank_dim: int, widths: Sequence[int]) -> torch.Tensor:
+    """The factors one after another along their ranks, each padded with zeros to its width; in one piece of memory."""
+    parts = []
+    for factor, width in zip(factors, widths, strict=True):
+        parts.append(factor)
+        missing = width - factor.shape[rank_dim]
+        if missing:
+            shape = list(factor.shape)
+            shape[rank_dim] = missing
+            numel = math.prod(shape)
+            zeros = _zeros(1 << (numel - 1).bit_length(), factor.device, factor.dtype)
+            parts.append(zeros[:numel].view(shape))
+    return torch.cat(parts, rank_dim)
+
+
+@lru_cache(maxsize=64)
+def _zeros(numel: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+    return torch.zeros(numel, device=device, dtype=dtype)
+
+
+@lru_cache(maxsize=1024)
+def _filled(sizes: tuple[int, ...], device: torch.device) -> torch.Tensor:
+    """(g, max(sizes)), 1 in the first `sizes[i]` places of row i. Kept: making it waits for the device."""
+    places = torch.arange(max(sizes))
+    return (places < torch.tensor(sizes)[:, None]).to(device, torch.float32)
+
+
 def _stacks(
     factors: Sequence[torch.Tensor], alive: Sequence[torch.Tensor | None], rank_dim: int
 ) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
-    """Yields, for groups of equally shaped factors: positions, the factors as a float32 stack (g, ..., ...) with dead
-    ranks set to 0, and which ranks are alive, (g, r) or a single 1."""
+    """Yields, for groups of similarly shaped factors: positions, the factors as a float32 stack (g, ..., ...) with
+    dead and missing ranks set to 0, and which ranks are alive, (g, r) or a single 1."""
     if len(alive) != len(factors):
         raise ValueError(f"`alive` must have one entry a module, got {len(alive)} for {len(factors)} modules.")
     groups: dict[tuple, list[int]] = defaultdict(list)
     for position, (factor, mask) in enumerate(zip(factors, alive, strict=True)):
-        if factor.shape[rank_dim] > 0:
-            groups[(factor.shape, factor.device, mask is None)].append(position)
-    for (shape, device, all_alive), positions in groups.items():
-        size = max(1, _STACK_NUMEL // shape.numel())
+        r, other = factor.shape[rank_dim], factor.shape[1 - rank_dim]
+        if r > 0:
+            # together up to the next power of 2: few groups, and little waste
+            groups[(max(r - 1, 7).bit_length(), other, factor.device, factor.dtype, mask is None)].append(position)
+    for (_, other, device, _, all_alive), positions in groups.items():
+        width = max(factors[position].shape[rank_dim] for position in positions)
+        size = max(1, _STACK_NUMEL // (width * other))
         for start in range(0, len(positions), size):
             chunk = positions[start : start + size]
-            stack = torch.stack([factors[position] for position in chunk]).float()
+            sizes = [factors[position].shape[rank_dim] for position in chunk]
+            widths = [width] * len(chunk)
+            stack = join_ranks([factors[position] for position in chunk], rank_dim, widths).float()
+            # (g, width, in) or (g, out, width)
+            stack = stack.view(-1, width, other) if rank_dim == 0 else stack.view(other, -1, width).transpose(0, 1)
             masks = torch.ones((), device=device)
             if not all_alive:
-                masks = torch.stack([alive[position] for position in chunk]).to(device, torch.float32)
-                stack *= masks.unsqueeze(2 if rank_dim == 0 else 1)
+                masks = [alive[position].to(device, torch.float32) for position in chunk]
+                masks = join_ranks(masks, 0, widths).view(-1, width)
+                stack = stack * masks.unsqueeze(2 if rank_dim == 0 else 1)
+            elif min(sizes) < width:
+                masks = _filled((*sizes, width), device)[:-1]
             yield chunk, stack, masks
 
 
@@ -121,5 +160,6 @@ def orthogonality_gradient(
             residual *= weight / len(down) / norm.clamp_min(floor)
             gradient = torch.bmm(residual, stack) if rank_dim == 0 else torch.bmm(stack, residual)
             for position, each in zip(positions, gradient.unbind(), strict=True):
-                gradients[rank_dim][position] = each
+                r = factors[position].shape[rank_dim]
+                gradients[rank_dim][position] = each if r == each.shape[rank_dim] else each.narrow(rank_dim, 0, r)
     return gradients

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
@@ -13,11 +13,15 @@ from packaging.version import Version
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx, once_differentiable
 
+from peft_rank.orthogonality import join_ranks
+
 
 # a product of half-precision matrices can be stored in float32 without a second pass
 _MM_HAS_OUT_DTYPE = Version(torch.__version__).release >= (2, 8)
 # elements that are cast in one piece: bounds the transient memory of `cast_factors`
 _CHUNK_NUMEL = 2**26
+# ranks of half-precision copies
+_ALIGNMENT = 8
 
 
 class Factors(NamedTuple):
@@ -29,7 +33,8 @@ class Factors(NamedTuple):
 
 
 class CastFactors(NamedTuple):
-    """What the products of a forward pass use: A in their dtype, `scaling * E`, and B scaled by it in their dtype."""
+    """What the products of a forward pass use: A in their dtype, `scaling * E`, and B scaled by it in their dtype. They
+    may have more ranks than the factors, which then are 0."""
 
     low: torch.Tensor
     scale: torch.Tensor
@@ -51,22 +56,48 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
 
 @torch.no_grad()
 def cast_factors(factors: Sequence[Factors], scalings: Sequence[float], dtype: torch.dtype) -> list[CastFactors]:
-    """`CastFactors` of many modules, with a few kernels for each group of equal shapes instead of a few a module."""
+    """`CastFactors` of many modules, with a few kernels for all modules of one size instead of a few a module.
+
+    Where a copy is made anyway, ranks are padded with zeros to a multiple of 8: half-precision products of other widths
+    are slower.
+    """
+    copied = [A.dtype != dtype for A, _, _ in factors]
+    multiples = [_ALIGNMENT if copy and dtype.itemsize == 2 else 1 for copy in copied]
+    widths = [-(-len(E) // multiple) * multiple for (_, E, _), multiple in zip(factors, multiples, strict=True)]
+    lows = [A for A, _, _ in factors]
+    ups: list[tuple] = [()] * len(factors)
+    keys = [(A.shape[1], A.device, A.dtype) if copy else None for (A, _, _), copy in zip(factors, copied, strict=True)]
+    for chunk in _chunks(keys, widths):
+        width = [widths[i] for i in chunk]
+        joined = join_ranks([factors[i].A for i in chunk], 0, width).to(dtype)  # (R, in)
+        for i, low in zip(chunk, joined.split(width), strict=True):
+            lows[i] = low
+    keys = [(B.shape[0], B.device, B.dtype, scaling) for (_, _, B), scaling in zip(factors, scalings, strict=True)]
+    for chunk in _chunks(keys, widths):
+        width = [widths[i] for i in chunk]
+        scale = join_ranks([factors[i].E for i in chunk], 0, width).mul_(scalings[chunk[0]])  # (R,)
+        up = _scaled(join_ranks([factors[i].B for i in chunk], 1, width), scale, dtype)  # (out, R)
+        for i, *pair in zip(chunk, scale.split(width), up.split(width, 1), strict=True):
+            ups[i] = pair
+    return [CastFactors(low, *up) for low, up in zip(lows, ups, strict=True)]
+
+
+def _chunks(keys: Sequence[tuple | None], widths: Sequence[int]) -> Iterator[list[int]]:
+    """Positions of equal keys, whose first entry is the size of the other dimension, in pieces of bounded size; those
+    without a key are left out."""
     groups: dict[tuple, list[int]] = defaultdict(list)
-    for position, (A, E, B) in enumerate(factors):
-        groups[(A.shape, B.shape, E.device, scalings[position])].append(position)
-    result: list[CastFactors | None] = [None] * len(factors)
-    for (low_shape, up_shape, _, scaling), positions in groups.items():
-        size = max(1, _CHUNK_NUMEL // max(1, low_shape.numel(), up_shape.numel()))
-        for start in range(0, len(positions), size):
-            chunk = positions[start : start + size]
-            A, E, B = zip(*(factors[position] for position in chunk), strict=True)
-            scale = torch.stack(E).mul_(scaling)  # (g, r)
-            up = _scaled(torch.stack(B), scale[:, None, :], dtype)  # (g, out, r)
-            low = A if A[0].dtype == dtype else torch.stack(A).to(dtype).unbind()
-            for position, *cast in zip(chunk, low, scale.unbind(), up.unbind(), strict=True):
-                result[position] = CastFactors(*cast)
-    return result
+    for position, key in enumerate(keys):
+        if key is not None:
+            groups[key].append(position)
+    for (size, *_), positions in groups.items():
+        chunk, total = [], 0
+        for position in positions:
+            if chunk and (total + widths[position]) * size > _CHUNK_NUMEL:
+                yield chunk
+                chunk, total = [], 0
+            chunk.append(position)
+            total += widths[position]
+        yield chunk
 
 
 def _scaled(B: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -144,12 +175,13 @@ class LinearWithUpdate(Function):
             grad_hidden = grad @ up  # (tokens, r)
             if needs_x:
                 grad_x = (grad @ weight).addmm_(grad_hidden, low).view(*grad_output.shape[:-1], weight.shape[1])
+            r = B.shape[1]
             if needs_A:
-                grad_A = _float32_product(grad_hidden.T, rows, B.dtype)
+                grad_A = _float32_product(grad_hidden.T, rows, B.dtype)[:r]
             if needs_E or needs_B:
-                grad_up = _float32_product(grad.T, hidden, B.dtype)  # (out, r), of B diag(scaling * E)
+                grad_up = _float32_product(grad.T, hidden, B.dtype)[:, :r]  # (out, r), of B diag(scaling * E)
                 grad_E = (grad_up * B).sum(0).mul_(ctx.scaling)
-                grad_B = grad_up.mul_(scale)
+                grad_B = grad_up * scale[:r]
         return grad_x, None, None, grad_A, grad_E, grad_B, None, None
 
 

@@ -101,40 +101,37 @@ class SalientLoRATraining(AdaptiveRankTuner):
     def add_regularization_gradient(self) -> None:
         for name in self._trained_adapters():
             self._refuse_sharded(name)
-            parameters, gradients = self._regularization(name)
-            missing = [(p, g) for p, g in zip(parameters, gradients, strict=True) if p.grad is None]
-            if parameters and not missing:
+            # each factor for itself: where one gradient's layout is another, that of all would be added one by one
+            for parameters, gradients in self._regularization(name):
+                for parameter in parameters:
+                    if parameter.grad is None:
+                        # in the parameter's own layout, which fused optimizers insist on
+                        parameter.grad = torch.zeros_like(parameter)
                 torch._foreach_add_([parameter.grad for parameter in parameters], gradients)
-                continue
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                if parameter.grad is None:
-                    # in the parameter's own layout, which fused optimizers insist on
-                    parameter.grad = torch.zeros_like(parameter)
-                parameter.grad.add_(gradient)
 
     def arm_regularization(self, loss_scale: float = 1.0) -> None:
         for name in self._trained_adapters():
             layers = self.adapter_layers(name).values()
             with self._gathered(name):
-                _, gradients = self._regularization(name, loss_scale)
-            half = len(gradients) // 2
-            for layer, *pair in zip(layers, gradients[:half], gradients[half:], strict=half > 0):
-                layer._armed[name] = pair
+                regularization = self._regularization(name, loss_scale)
+            if regularization:
+                for layer, *pair in zip(layers, *(gradients for _, gradients in regularization), strict=True):
+                    layer._armed[name] = pair
 
-    def _regularization(self, adapter_name: str, factor: float = 1.0) -> tuple[list[nn.Parameter], list[torch.Tensor]]:
-        """A of every module, then B of every module, and the gradients of the weighted regularizer; empty at weight 0."""
+    def _regularization(
+        self, adapter_name: str, factor: float = 1.0
+    ) -> list[tuple[list[nn.Parameter], list[torch.Tensor]]]:
+        """A of every module with the gradients of the weighted regularizer, and B likewise; nothing at weight 0."""
         weight = self.peft_config[adapter_name].orth_reg_weight * factor
         if weight == 0:
-            return [], []
+            return []
         down, up, alive = self._factors(adapter_name)
-        gradients = orthogonality_gradient(down, up, alive, weight)
-        return [*down, *up], [*gradients[0], *gradients[1]]
+        return list(zip((down, up), orthogonality_gradient(down, up, alive, weight), strict=True))
 
     def _factors(self, adapter_name: str):
         """A, B and the masks of pruned ranks of all modules."""
         layers = self.adapter_layers(adapter_name).values()
-        down = [layer.salientlora_A[adapter_name] for layer in layers]
-        up = [layer.salientlora_B[adapter_name] for layer in layers]
+        down, _, up = zip(*(layer.stored(adapter_name) for layer in layers), strict=True)
         return down, up, [layer.salientlora_mask.get(adapter_name) for layer in layers]
 
     @contextmanager
@@ -197,7 +194,7 @@ class SalientLoRATraining(AdaptiveRankTuner):
         with self._gathered(adapter_name):
             layers = self.adapter_layers(adapter_name).values()
             down, up, alive = self._factors(adapter_name)
-            values = [_in_full_precision(layer.salientlora_E[adapter_name]) for layer in layers]
+            values = [_in_full_precision(layer.stored(adapter_name).E) for layer in layers]
             values = [E if mask is None else E * mask.to(E) for E, mask in zip(values, alive, strict=True)]
             self.allocator(adapter_name).record(values, orthogonality(down, up, alive))
 
