@@ -23,7 +23,15 @@ from transformers.pytorch_utils import Conv1D
 
 from cards import run, snippets
 from compressed_models import compress_module, compressed, edit_weights
-from peft_rank import SalientLoRAConfig, densify, export_lora, get_rank_pattern, load_compressed, save_compressed
+from peft_rank import (
+    L2LRCConfig,
+    SalientLoRAConfig,
+    densify,
+    export_lora,
+    get_rank_pattern,
+    load_compressed,
+    save_compressed,
+)
 from peft_rank.export.card import END, MODEL_HERE, START
 from peft_rank.export.directory import is_compressed, read_compressed
 from peft_rank.export.verify import compare
@@ -271,6 +279,22 @@ def test_what_a_tuner_leaves(tiny: TinyModel, tmp_path: Path) -> None:
         assert (facts["method"], facts["decomposition"]) == ("LOWRANK", "svd")
     assert densify(model) is model.get_base_model()
     torch.testing.assert_close(logits(model, tiny), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_what_a_search_leaves(llama: TinyModel, tmp_path: Path) -> None:
+    targets = list(llama.target_modules)
+    settings = L2LRCConfig(target_ratio=0.7, rank_multiple=1, target_modules=targets, task_type="CAUSAL_LM")
+    model = get_peft_model(llama.make_model(), settings)
+    with pytest.raises(RuntimeError, match=r"base_model\.finalize\(\)"):
+        save_compressed(model, tmp_path / "early")
+    model.base_model.resolve_schedule(2)
+    optimizer = adam(model)
+    steps_by_hand(model, llama, 1, 2, optimizer)
+    with pytest.warns(UserWarning, match="before it reached"):
+        model.base_model.finalize(optimizer)
+    model.get_base_model().save_pretrained(tmp_path)
+    assert torch.equal(logits(load_compressed(tmp_path), llama), logits(model, llama))
+    assert read_compressed(tmp_path).facts["method"] == "L2LRC"
 
 
 def test_quantized_factors(llama: TinyModel, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from peft_rank.ranks import bare_model
-from peft_rank.tuners.lowrank import FactorizedLinear
+from peft_rank.tuners.lowrank.config import CompressionConfig
 from peft_rank.tuners.lowrank.entry import low_rank_modules, read_entry, record_ranks
 
 from .card import CARD_NAME, write_compressed_card
@@ -96,15 +96,17 @@ def plain_model(model: nn.Module) -> PreTrainedModel:
         RuntimeError: If a tuner has not been finalized, or adapters have not been merged.
     """
     model = bare_model(model)
+    configs = {}
     if isinstance(model, PeftModel):
-        model = model.get_base_model()
-    layers = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
-    if any(isinstance(layer, FactorizedLinear) for layer in layers):
-        raise RuntimeError("The compression is not final. Call `model.base_model.finalize()` first.")
-    if layers:
+        configs, model = model.peft_config, model.get_base_model()
+    if any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+        # InRank from scratch compresses, too
+        replaces = [isinstance(c, CompressionConfig) or vars(c).get("from_scratch", False) for c in configs.values()]
         raise RuntimeError(
-            "The model has adapters, which are no part of a compressed model. Call `model.merge_and_unload()` first, or save "
-            "the adapters with `model.save_pretrained`."
+            "The compression is not final. Call `model.base_model.finalize()` first."
+            if any(replaces)
+            else "The model has adapters, which are no part of a compressed model. Call `model.merge_and_unload()` first, or "
+            "save the adapters with `model.save_pretrained`."
         )
     if not isinstance(model, PreTrainedModel):
         raise TypeError(

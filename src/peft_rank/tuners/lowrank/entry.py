@@ -11,6 +11,7 @@ from __future__ import annotations
 import importlib.metadata
 from typing import Any
 
+from peft import PeftConfig
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -61,3 +62,11 @@ def record_ranks(model: PreTrainedModel, **facts: Any) -> dict[str, Any]:
         "peft_rank_version": importlib.metadata.version("peft-rank"),
     }
     return model.config.quantization_config
+
+
+def record_compression(model: nn.Module, config: PeftConfig) -> None:
+    """Write the ranks and the method, once a tuner's compression is final; nothing where there is no place for it."""
+    if isinstance(model, PreTrainedModel):
+        decomposition = vars(config).get("decomposition")
+        facts = {} if decomposition is None else {"decomposition": decomposition}
+        record_ranks(model, method=config.peft_type.value, **facts)

@@ -18,12 +18,11 @@ from peft.utils import (
 )
 from peft.utils.other import _get_submodules
 from torch import nn
-from transformers import PreTrainedModel
 
 from ...decomposition import Factors
 from ..salientlora.checkpoint import exact_pattern, plain_name
 from .config import CompressionConfig, LowRankConfig
-from .entry import record_ranks
+from .entry import record_compression
 from .layer import FactorizedLinear
 from .plan import check_target, check_untied, choose_ranks, empty_factors, factorize
 
@@ -88,10 +87,8 @@ class CompressionTuner(BaseTuner):
         # a plain model, which another adapter may wrap
         del self.model.peft_config
         self._finalized = True
-        if isinstance(self.model, PreTrainedModel):
-            # and which `save_pretrained` writes completely
-            config = self.peft_config[self.active_adapters[0]]
-            record_ranks(self.model, method=config.peft_type.value, decomposition=config.decomposition)
+        # and which `save_pretrained` writes completely
+        record_compression(self.model, self.peft_config[self.active_adapters[0]])
 
     def _check_not_final(self) -> None:
         if self._finalized:

@@ -17,6 +17,7 @@ from transformers.trainer_pt_utils import get_model_param_count
 
 from ...allocation.masks import gumbel_mask, keep_probability, uniform_noise
 from ..adaptive import AdaptiveRankTuner, ShrinkPolicy
+from ..lowrank.entry import record_compression
 from ..salientlora.checkpoint import exact_pattern
 from ..salientlora.functional import AddToGradient
 from .functional import StepMask, needed_rows
@@ -273,6 +274,8 @@ class RankSearchTraining(AdaptiveRankTuner):
         self._hook.remove()
         if "peft_config" in vars(self.model):
             del self.model.peft_config
+        # and which `save_pretrained` writes completely
+        record_compression(self.model, self.peft_config[name])
 
     def check_resumed(self, global_step: int, checkpoint: Path | None = None) -> None:
         for name in self._trained_adapters():
