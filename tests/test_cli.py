@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +12,18 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from peft_rank import export_lora, get_rank_pattern, rank_table
+from peft_rank import (
+    LowRankConfig,
+    LowRankLinear,
+    export_lora,
+    get_rank_pattern,
+    load_compressed,
+    rank_table,
+    save_compressed,
+)
 from peft_rank.cli import main
 from peft_rank.reporting import rank_grid
 from runs import adam, adapted, config, steps_by_hand
@@ -48,7 +59,7 @@ def test_inspect(llama: TinyModel, tmp_path: Path, capsys: pytest.CaptureFixture
     assert main(["inspect", str(tmp_path / "adapter")]) == 0
     out = capsys.readouterr().out
     assert "SALIENTLORA" in out
-    assert "budget      2 a module, 28 in all" in out
+    assert "budget      2 a module on average, 28 in 14 modules" in out
     assert "state       finished" in out
     assert str(tmp_path / "base") in out
     assert str(rank_grid(dict(sorted(get_rank_pattern(model).items())))) in out
@@ -214,3 +225,160 @@ def test_a_model_that_gives_nan_is_not_the_same(llama_files: Path, tmp_path: Pat
         model.lm_head.weight.fill_(torch.nan)
     model.save_pretrained(tmp_path)
     assert main(["verify", str(llama_files / "adapter"), str(tmp_path)]) == 1
+
+
+# --- compressed models ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def decoder_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`model`, a decoder with a tokenizer of words, and texts: `text.jsonl`, `text.txt`."""
+    folder = tmp_path_factory.mktemp("decoder")
+    save_with_tokenizer(TINY_MODELS["llama"], folder / "model")
+    lines = [" ".join(f"w{(i + j) % 40}" for j in range(12)) for i in range(80)]
+    (folder / "text.jsonl").write_text("\n".join(json.dumps({"story": line}) for line in lines), encoding="utf-8")
+    (folder / "text.txt").write_text("\n".join(lines), encoding="utf-8")
+    return folder
+
+
+def save_with_tokenizer(tiny: TinyModel, folder: Path) -> None:
+    tiny.make_model().save_pretrained(folder)
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(["?", *(f"w{i}" for i in range(40))])}, "?"))
+    words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=words, pad_token="?").save_pretrained(folder)
+
+
+SIZE = ["--ratio", "0.8", "--rank-multiple", "1", "--device", "cpu"]
+
+
+@pytest.mark.parametrize("decomposition", ["svd", "whitening", "fisher"])
+def test_compress_inspect_export_verify(
+    decoder_files: Path, decomposition: str, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    dense, out, again = str(decoder_files / "model"), str(tmp_path / "compressed"), str(tmp_path / "dense")
+    text = ["--text", str(decoder_files / "text.txt"), "--samples", "8", "--length", "16"]
+    assert main(["compress", dense, out, *SIZE, "--decomposition", decomposition, *text]) == 0
+    printed = capsys.readouterr().out
+    model = load_compressed(out)
+    before = TINY_MODELS["llama"].make_model().num_parameters()
+    assert f"{before:,} -> {model.num_parameters():,} parameters" in printed
+    assert AutoTokenizer.from_pretrained(out).pad_token == "?"
+
+    assert main(["inspect", out]) == 0
+    shown = capsys.readouterr().out
+    assert "LlamaForCausalLM" in shown
+    assert decomposition in shown
+    assert f"{model.num_parameters():,} of {before:,}" in shown
+    ranks = {name: m.rank for name, m in model.named_modules() if isinstance(m, LowRankLinear)}
+    assert str(rank_grid(dict(sorted(ranks.items())))) in shown
+    for name, rank in ranks.items():
+        line = next(line for line in shown.splitlines() if line.startswith(f"{name} "))
+        assert line in printed
+        assert line.split()[4] == str(rank)
+        assert 0 < float(line.split()[5]) < 1
+
+    assert main(["export", out, again]) == 0
+    assert main(["verify", out, again, "--tolerance", "1e-5"]) == 0
+    assert main(["verify", out, out, "--tolerance", "0"]) == 0
+    assert main(["verify", out, dense]) == 1
+    plain = type(model).from_pretrained(again)
+    assert not any(isinstance(module, LowRankLinear) for module in plain.modules())
+    assert AutoTokenizer.from_pretrained(again).pad_token == "?"
+
+
+def test_compress_by_name_and_without_a_tokenizer(llama: TinyModel, tmp_path: Path) -> None:
+    llama.make_model().save_pretrained(tmp_path / "model")
+    ranks = ["--rank-pattern", "q_proj=8", r"layers\.1\.mlp\.gate_proj=16", "--rank-multiple", "1"]
+    assert main(["compress", str(tmp_path / "model"), str(tmp_path / "out"), *ranks, "--device", "cpu"]) == 0
+    found = {n: m.rank for n, m in load_compressed(tmp_path / "out").named_modules() if isinstance(m, LowRankLinear)}
+    assert found == {
+        "model.layers.0.self_attn.q_proj": 8,
+        "model.layers.1.self_attn.q_proj": 8,
+        "model.layers.1.mlp.gate_proj": 16,
+    }
+
+
+def test_compress_an_encoder(tmp_path: Path, decoder_files: Path) -> None:
+    save_with_tokenizer(TINY_MODELS["bert"], tmp_path / "model")
+    text = ["--text", str(decoder_files / "text.jsonl"), "--text-column", "story", "--samples", "16", "--length", "8"]
+    arguments = ["compress", str(tmp_path / "model"), str(tmp_path / "out"), *SIZE, *text]
+    assert main([*arguments, "--decomposition", "whitening", "--exclude-modules", "pooler.dense"]) == 0
+    names = [n for n, m in load_compressed(tmp_path / "out").named_modules() if isinstance(m, LowRankLinear)]
+    assert len(names) == 12
+    assert all(name.startswith("bert.encoder.layer") for name in names)
+
+
+def test_compress_with_saved_statistics(
+    decoder_files: Path, tmp_path: Path, capsys: pytest.CaptureFixture, llama: TinyModel
+) -> None:
+    arguments = ["compress", str(decoder_files / "model")]
+    how = [*SIZE, "--decomposition", "whitening", "--allocation", "spectral"]
+    text = ["--text", str(decoder_files / "text.txt"), "--samples", "8", "--length", "16", "--max-bytes", "20000"]
+    kept = str(tmp_path / "statistics.safetensors")
+    assert main([*arguments, str(tmp_path / "first"), *how, *text, "--save-statistics", kept]) == 0
+    assert "Calibrating (1/" in capsys.readouterr().err
+    assert main([*arguments, str(tmp_path / "second"), *how, "--statistics", kept]) == 0
+    assert main(["verify", str(tmp_path / "first"), str(tmp_path / "second"), "--tolerance", "0"]) == 0
+    llama.make_model(seed=1).save_pretrained(tmp_path / "other")
+    capsys.readouterr()
+    assert main(["compress", str(tmp_path / "other"), str(tmp_path / "third"), *how, "--statistics", kept]) == 2
+    assert "belong to another model" in capsys.readouterr().err
+    assert not (tmp_path / "third").exists()
+
+
+def test_inspect_and_verify_a_lowrank_adapter(llama: TinyModel, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    llama.make_model().save_pretrained(tmp_path / "base")
+    base_model = llama.model_class.from_pretrained(tmp_path / "base")
+    model = get_peft_model(
+        base_model, LowRankConfig(rank=8, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM")
+    )
+    model.save_pretrained(tmp_path / "adapter")
+    model.base_model.finalize()
+    save_compressed(model, tmp_path / "compressed")
+    assert main(["inspect", str(tmp_path / "adapter")]) == 0
+    out = capsys.readouterr().out
+    assert "LOWRANK" in out
+    assert "state       finished" in out
+    assert "total rank 32, 8 a module, 4 modules" in out
+    assert main(["verify", str(tmp_path / "adapter"), str(tmp_path / "compressed")]) == 0
+    assert main(["verify", str(tmp_path / "adapter"), str(tmp_path / "base")]) == 1
+    assert main(["export", str(tmp_path / "adapter"), str(tmp_path / "lora")]) == 2
+    assert "save_compressed" in capsys.readouterr().err
+
+
+def test_errors_of_compressed_models(decoder_files: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    model, text = str(decoder_files / "model"), str(decoder_files / "text.txt")
+    good, out = str(tmp_path / "good"), str(tmp_path / "out")
+    assert main(["compress", model, good, *SIZE]) == 0
+    (tmp_path / "cut").mkdir()
+    for path in Path(good).iterdir():
+        (tmp_path / "cut" / path.name).write_bytes(path.read_bytes())
+    weights = tmp_path / "cut" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:-100])
+    save_with_tokenizer(TINY_MODELS["t5"], tmp_path / "t5")
+    capsys.readouterr()
+    whitening = ["--decomposition", "whitening"]
+    for arguments, message in [
+        (["compress", model, out, "--device", "cpu"], "One of `rank`, `ratio` and `rank_pattern`"),
+        (["compress", model, out, *SIZE, "--rank", "3"], "Give only one"),
+        (["compress", model, out, *SIZE, *whitening], "--text FILE"),
+        (["compress", model, out, *SIZE, *whitening, "--text", str(tmp_path / "no.txt")], "no.txt"),
+        (["compress", model, out, *SIZE, *whitening, "--text", text, "--length", "100000"], "fewer than the 100000"),
+        (["compress", model, out, *SIZE, *whitening, "--statistics", "no.safetensors"], "does not exist"),
+        (["compress", str(tmp_path / "t5"), out, *SIZE, *whitening, "--text", text], "calibrate"),
+        (["compress", model, out, *SIZE, "--target-modules", "query"], "target"),
+        (["compress", str(tmp_path / "missing"), out, *SIZE], "missing"),
+        (["inspect", str(tmp_path / "cut")], "damaged"),
+        (["export", str(tmp_path / "cut"), out], "damaged"),
+        (["export", good, good], "Name another directory"),
+        (["export", good, out, "--pad"], "--pad"),
+        (["inspect", model], "no adapter directory"),
+    ]:
+        assert main(arguments) == 2, arguments
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("peft-rank: error")]
+        assert len(lines) == 1
+        assert message in lines[0], lines
+    assert not Path(out).exists()
+    with pytest.raises(SystemExit):
+        main(["compress", model, out, "--rank-pattern", "q_proj"])
+    assert "NAME=RANK" in capsys.readouterr().err

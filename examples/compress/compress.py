@@ -54,8 +54,7 @@ from transformers import (
 
 from peft_rank import LowRankConfig, calibrate, load_compressed, save_compressed
 from peft_rank.calibration.texts import text_batches
-from peft_rank.reporting.compression import compressed_table, relative_errors
-from peft_rank.tuners.lowrank.entry import record_ranks
+from peft_rank.reporting.compression import compressed_table, finish_compression
 
 
 @dataclass
@@ -232,12 +231,8 @@ class Classification:
 def compress(model: PreTrainedModel, flow: Language | Classification, config: LowRankConfig) -> PreTrainedModel:
     """Calibrate, decompose, and leave a plain model."""
     config.statistics = calibrate(model, flow.batches(), config=config, max_bytes=flow.compression.max_bytes)
-    adapted = get_peft_model(model, config)
-    errors = relative_errors(adapted)
-    adapted.base_model.finalize()
-    model = adapted.get_base_model()
-    record_ranks(model, errors=errors, decomposition=config.decomposition)
-    return model
+    # what follows is `finalize()` and `get_base_model()`, with the errors on record for the table
+    return finish_compression(get_peft_model(model, config))
 
 
 def heal(model: PreTrainedModel, flow: Language | Classification, args: Arguments) -> PreTrainedModel:

@@ -14,7 +14,7 @@ from pathlib import Path
 import safetensors
 import torch
 import transformers
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model
 from torch import nn
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -25,12 +25,11 @@ from .decomposition import STATISTIC
 from .export.compressed import densify, load_compressed, save_compressed
 from .export.directory import is_compressed, read_compressed
 from .export.lora import export_lora_files
-from .export.snapshot import read_directory
+from .export.snapshot import read_summary
 from .export.verify import compare
 from .reporting import rank_grid
-from .reporting.compression import compressed_table, relative_errors
+from .reporting.compression import compressed_table, finish_compression
 from .tuners.lowrank import LowRankConfig
-from .tuners.lowrank.entry import record_ranks
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -159,22 +158,12 @@ def _compress(arguments: argparse.Namespace) -> int:
         config.task_type = "SEQ_CLS"  # 'all-linear' leaves the classifier out
     dense_parameters = model.num_parameters()
     config.statistics = _statistics(arguments, config, model, tokenizer)
-    adapted = get_peft_model(model, config)
-    errors = relative_errors(adapted)
-    model = finished(adapted, errors=errors, decomposition=config.decomposition)
+    model = finish_compression(get_peft_model(model, config))
     save_compressed(model, arguments.out, tokenizer=tokenizer)
     print(compressed_table(arguments.out))
     kept = model.num_parameters()
     print(f"{dense_parameters:,} -> {kept:,} parameters ({kept / dense_parameters:.1%}) in {arguments.out}")
     return 0
-
-
-def finished(adapted: PeftModel, **facts: object) -> PreTrainedModel:
-    """The plain compressed model, with what is known of it on record."""
-    adapted.base_model.finalize()
-    model = adapted.get_base_model()
-    record_ranks(model, **facts)
-    return model
 
 
 def _targets(names: list[str] | None) -> list[str] | str | None:
@@ -265,7 +254,7 @@ def _inspect_compressed(directory: str) -> int:
 
 
 def _inspect_adapter(directory: str) -> int:
-    summary = read_directory(directory).summary
+    summary = read_summary(directory)
     config = summary.config
     state = "finished" if summary.finished else "in the middle of the allocation, the training can be resumed"
     if config.allocation_state is None and not summary.finished:
@@ -274,9 +263,7 @@ def _inspect_adapter(directory: str) -> int:
         {
             "method": f"{config.peft_type.value}, peft_rank {config.peft_rank_version}",
             "base model": config.base_model_name_or_path or "not recorded",
-            "budget": f"{config.target_r} a module, {summary.target_total} in all"
-            if config.allocates
-            else "fixed ranks",
+            "budget": summary.budget,
             "state": state,
             "parameters": f"{summary.parameters:,} in the factors, {summary.other_parameters:,} beside them",
             "size": f"{summary.bytes / 1e6:.3g} MB",

@@ -12,9 +12,11 @@ import safetensors
 import torch
 from peft import PeftModel
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from ..decomposition import Factors, weighted_error
 from ..export.directory import read_compressed
+from ..tuners.lowrank.entry import record_ranks
 from ..tuners.lowrank.model import CompressionTuner
 from ..tuners.lowrank.plan import dense_weight, statistics_by_module, work_device
 
@@ -114,6 +116,21 @@ def relative_errors(model: PeftModel, adapter_name: str = "default") -> dict[str
             )
             errors[name] = (error / size) ** 0.5 if size else 0.0
     return errors
+
+
+def finish_compression(model: PeftModel) -> PreTrainedModel:
+    """
+    The plain compressed model, after `finalize()`, with the errors of its modules on record: `save_compressed` keeps them, and
+    [`compressed_table`] shows them.
+
+    Args:
+        model ([`PeftModel`]): As in [`relative_errors`], with the adapter `"default"`.
+    """
+    errors = relative_errors(model)
+    model.base_model.finalize()
+    plain = model.get_base_model()
+    record_ranks(plain, errors=errors)
+    return plain
 
 
 def _nothing(weight: Tensor) -> Factors:
