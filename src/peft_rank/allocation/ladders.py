@@ -21,8 +21,8 @@ import torch
 
 Shape = tuple[int, int]
 
-WIDE = 1024
-"""Modules whose smaller side has this many features are worth the larger multiple on a GPU."""
+TILE, WIDE = 64, 1024
+"""The multiple on a GPU, for modules whose smaller side has so many features."""
 
 
 class Level(NamedTuple):
@@ -47,7 +47,7 @@ def default_multiple(shape: Shape, device: torch.device) -> int:
     """What ranks should be multiples of: 64 for weights of 1024 features or more on both sides on a CUDA device of
     compute capability 8 or more, where tensor cores are fed by tiles; else 8."""
     tiles = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 8
-    return 64 if tiles and min(shape) >= WIDE else 8
+    return TILE if tiles and min(shape) >= WIDE else 8
 
 
 def align_rank(rank: int, shape: Shape, multiple: int) -> int | None:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from .ladders import (
+    TILE,
     Level,
     Shape,
     align_rank,
@@ -31,6 +32,7 @@ from .ladders import (
 
 
 __all__ = [
+    "TILE",
     "Level",
     "Shape",
     "align_rank",

@@ -54,8 +54,9 @@ class CompressionConfig(AdaptedModulesConfig):
         default=None,
         metadata={
             "help": "Ranks are multiples of this; 1 allows every rank. By default 64 for modules of 1024 features or more "
-            "on both sides on a CUDA device of compute capability 8 or more, else 8. Ranks below one multiple are left "
-            "to modules too small for one, to budgets that need them, and to those who ask for them."
+            "on both sides on a CUDA device of compute capability 8 or more, else 8; where that is 8, ranks that were "
+            "given stay as they are. Ranks below one multiple are left to modules too small for one, to budgets that need "
+            "them, and to those who ask for them."
         },
     )
     statistics: CalibrationStatistics | None = field(
@@ -132,8 +133,8 @@ class LowRankConfig(CompressionConfig):
     does not name stay dense; without `target_modules` they are those that it names), or follow from `ratio`, kept /
     dense parameters.
 
-    A rank given by `rank` or `rank_pattern` becomes the nearest multiple of `rank_multiple`, the higher one of two; one
-    that is less than a multiple stays as it is. A module whose factors would not be smaller than its weight stays dense,
+    A rank given by `rank` or `rank_pattern` becomes the nearest multiple of `rank_multiple`, the higher one of two, if that
+    is given or is 64 by default; a rank below one multiple stays as it is. A module whose factors would not be smaller than its weight stays dense,
     with its original weight, and counts as dense.
 
     Example:

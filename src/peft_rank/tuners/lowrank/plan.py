@@ -18,6 +18,7 @@ from tqdm.auto import tqdm
 from transformers.pytorch_utils import Conv1D
 
 from ...allocation.parameters import (
+    TILE,
     Shape,
     align_rank,
     default_multiple,
@@ -117,9 +118,10 @@ def uncompressed_parameters(modules: Mapping[str, nn.Module], model: nn.Module, 
 
 
 def given_ranks(shapes: Mapping[str, Shape], steps: Iterable[int], config: LowRankConfig) -> dict[str, int | None]:
-    """Ranks as the configuration says, aligned; those of a saved adapter as they are."""
+    """Ranks as the configuration says, aligned if it says so or tiles matter; those of a saved adapter as they are."""
     ranks, moved = {}, set()
     for (name, shape), multiple in zip(shapes.items(), steps, strict=True):
+        multiple = 1 if config.rank_multiple is None and multiple < TILE else multiple
         default = None if config.factors_saved else config.rank
         rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), name), default)
         ranks[name] = rank if rank is None or config.factors_saved else align_rank(rank, shape, multiple)
