@@ -3,9 +3,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from weakref import WeakSet
+
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+from torch.utils.hooks import RemovableHandle
 
 from peft_rank.decomposition.product import Truncation
 
@@ -15,6 +21,9 @@ from .shrinking import Replacement
 # elementwise state of optimizers that is known to follow its parameter: means of gradients, and of their squares
 FIRST_MOMENTS = ("exp_avg", "momentum_buffer", "grad_avg")
 SECOND_MOMENTS = ("exp_avg_sq", "max_exp_avg_sq", "square_avg")
+
+_stepped: WeakSet[Optimizer] = WeakSet()
+_hooks: list[RemovableHandle] = []
 
 
 @torch.no_grad()
@@ -82,6 +91,23 @@ def _moment(name: str, value: Tensor, follow) -> Tensor | None:
     if name in FIRST_MOMENTS:
         return follow(value, 1)
     return follow(value, 2) if name in SECOND_MOMENTS else None
+
+
+def remember_optimizers() -> None:
+    """From now on, `optimizer_of` knows the optimizers that make steps. Repeating it changes nothing."""
+    if not _hooks:
+        _hooks.append(register_optimizer_step_post_hook(lambda optimizer, *args: _stepped.add(optimizer)))
+
+
+def optimizer_of(parameter: nn.Parameter) -> Optimizer | None:
+    """An optimizer that made a step and holds the parameter, for loops that do not pass theirs."""
+    return next((optimizer for optimizer in _stepped if holds(optimizer, [parameter])), None)
+
+
+def holds(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether all of these parameters are in the optimizer's groups."""
+    known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    return all(id(parameter) in known for parameter in parameters)
 
 
 def active_data_parallel() -> DistributedDataParallel | None:

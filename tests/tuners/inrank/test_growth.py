@@ -335,7 +335,25 @@ def test_without_a_buffer_ranks_are_fixed() -> None:
 # ---- who forgets what ----
 
 
-def test_the_optimizer_has_to_be_passed() -> None:
+def test_an_optimizer_that_is_not_passed_is_found() -> None:
+    """As loops written for AdaLoRA call it."""
+    losses, seen = [], []
+    for passed in (True, False):
+        model = adapted(LLAMA, growth_steps=8)
+        optimizer = adam(model)
+        for step in range(1, 13):
+            loss = model(**LLAMA.make_batch(8, seed=step)).loss
+            loss.backward()
+            optimizer.step()
+            model.base_model.update_and_allocate(step, *([optimizer] if passed else []))
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        seen.append(widths(model))
+    assert losses[:12] == losses[12:]
+    assert seen[0] == seen[1]
+
+
+def test_no_optimizer_is_left_behind() -> None:
     model = adapted(LLAMA, explained_ratio=1.0, init_weights=False)
     model(**LLAMA.make_batch(8)).loss.backward()
     with pytest.raises(RuntimeError, match=r"update_and_allocate\(step, optimizer\)"):

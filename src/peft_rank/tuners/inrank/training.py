@@ -23,7 +23,14 @@ from peft_rank.allocation.growth import explained_ratio, next_rank
 from peft_rank.decomposition.product import Truncation
 
 from ..adaptive import AdaptiveRankTuner, ShrinkPolicy
-from ..growing import active_data_parallel, check_rebuildable, rebuild_data_parallel
+from ..growing import (
+    active_data_parallel,
+    check_rebuildable,
+    holds,
+    optimizer_of,
+    rebuild_data_parallel,
+    remember_optimizers,
+)
 from ..lowrank.linear import LowRankLinear
 from ..salientlora.checkpoint import exact_pattern
 from ..shrinking import Replacement, replace_parameters, unwrap_optimizer
@@ -70,6 +77,7 @@ class InRankTraining(AdaptiveRankTuner):
         self._clocks: dict[str, Clock] = {}
         # modules that took the place of our layers for good, by name in the base model
         self._compressed: dict[str, LowRankLinear] = {}
+        remember_optimizers()
         super().__init__(*args, **kwargs)
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -185,7 +193,7 @@ class InRankTraining(AdaptiveRankTuner):
     def _check(self, name: str, optimizer: Optimizer | None) -> None:
         """Decide the rank of every module that can grow, the same on every process, and widen."""
         clock, config, layers = self.clock(name), self.peft_config[name], self.adapter_layers(name)
-        self._check_optimizer(name, optimizer)
+        optimizer = self._holder(name, optimizer)
         decided, shares = [], []
         for module, layer in layers.items():
             rank, share = self._decide(name, module, layer)
@@ -232,7 +240,7 @@ class InRankTraining(AdaptiveRankTuner):
 
     def _fix_ranks(self, name: str, optimizer: Optimizer | None) -> None:
         """Cut every product that has a buffer to its rank, rotating the moments along."""
-        self._check_optimizer(name, optimizer)
+        optimizer = self._holder(name, optimizer)
         if self.clock(name).checks == 0:
             self._check(name, optimizer)
         replacements = {}
@@ -245,17 +253,12 @@ class InRankTraining(AdaptiveRankTuner):
                 replacements.update(layer.truncate(name, cut))
         self._replace(replacements, optimizer)
 
-    def _check_optimizer(self, name: str, optimizer: Optimizer | None) -> None:
-        """Make sure that nobody goes on training parameters that are about to be replaced."""
-        factors = [
-            p for layer in self.adapter_layers(name).values() for p in (layer.inrank_A[name], layer.inrank_B[name])
-        ]
-        if optimizer is None:
-            held = all(p.grad is None for p in factors)
-        else:
-            known = {id(p) for group in unwrap_optimizer(optimizer).param_groups for p in group["params"]}
-            held = all(id(p) in known for p in factors)
-        if not held:
+    def _holder(self, name: str, optimizer: Optimizer | None) -> Optimizer | None:
+        """The optimizer that has to follow when parameters are replaced; None if nobody trains them yet."""
+        layers = self.adapter_layers(name).values()
+        factors = [getattr(layer, part)[name] for layer in layers for part in layer.adapter_layer_names]
+        optimizer = optimizer_of(factors[0]) if optimizer is None else unwrap_optimizer(optimizer)
+        if not (all(p.grad is None for p in factors) if optimizer is None else holds(optimizer, factors)):
             raise RuntimeError(
                 f"The parameters of adapter {name!r} change their size, and the optimizer that trains them has to follow: "
                 "call `update_and_allocate(step, optimizer)` and `finalize(optimizer)` with the optimizer that holds them."
@@ -263,12 +266,13 @@ class InRankTraining(AdaptiveRankTuner):
         wrapper = self._wrapper()
         if wrapper is not None:
             check_rebuildable(wrapper)
+        return optimizer
 
     def _replace(self, replacements: Mapping[nn.Parameter, Replacement], optimizer: Optimizer | None) -> None:
         if not replacements:
             return
         if optimizer is not None:
-            replace_parameters(unwrap_optimizer(optimizer), replacements)
+            replace_parameters(optimizer, replacements)
         wrapper = self._wrapper()
         if wrapper is not None:
             rebuild_data_parallel(wrapper)

@@ -99,6 +99,10 @@ class SearchLayer(nn.Module, RankLayer):
         self._selected.clear()
         self._step.clear()
 
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy has no part in the graph of this step
+        return {**self.__dict__, "_step": {}, "_selected": {}}
+
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """
         Put the product of the selected ranks into the base weight.
