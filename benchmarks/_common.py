@@ -64,8 +64,7 @@ def captured(call: Callable[[], Any], stream: torch.cuda.Stream | None = None) -
             call()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
-    gc.collect()  # an old graph that were collected while this one is captured would spoil it
-    gc.disable()
+    gc.disable()  # an old graph that were collected while this one is captured would spoil it
     try:
         with torch.cuda.graph(graph, stream=stream):
             call()

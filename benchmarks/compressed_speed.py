@@ -130,15 +130,16 @@ def token_ids(model: LlamaForCausalLM, batch: int) -> Tensor:
     return torch.randint(0, model.config.vocab_size, (batch, CONTEXT), generator=generator).to(model.device)
 
 
-def eager(model: LlamaForCausalLM, case: str) -> Callable[[], Tensor]:
-    """The model as `generate` calls it."""
+def eager(model: LlamaForCausalLM, case: str, cache: StaticCache | None = None) -> Callable[[], Tensor]:
+    """The model as `generate` calls it; `cache`, for decoding, is empty."""
     for number, layer in enumerate(model.model.layers):
         layer.self_attn.layer_idx = number
     batch, tokens = CASES[case]
     ids = token_ids(model, batch)
     if tokens > 1:
         return lambda: model(input_ids=ids, use_cache=False, logits_to_keep=1).logits
-    cache = StaticCache(config=model.config, max_cache_len=LENGTH)
+    if cache is None:
+        cache = StaticCache(config=model.config, max_cache_len=LENGTH)
     model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
     return lambda: model(input_ids=ids[:, :1], past_key_values=cache).logits
 
@@ -203,6 +204,7 @@ def speed(args: Namespace, rows: list[dict[str, Any]], keep: Callable[[], None])
     deadline = Deadline(args.seconds)
     for variant in args.variants:
         for case in CASES:
+            gc.collect()  # caches of the case before
             for name in args.models if variant != "compile" else args.compiled:
                 row = {"part": "speed", "variant": variant, "case": case, "model": name}
                 if deadline.left() < 0:
@@ -215,7 +217,6 @@ def speed(args: Namespace, rows: list[dict[str, Any]], keep: Callable[[], None])
 
 
 def speed_of(model: LlamaForCausalLM, variant: str, case: str, args: Namespace) -> dict[str, Any]:
-    gc.collect()
     try:
         if variant == "eager":
             return timing(eager(model, case))

@@ -205,16 +205,15 @@ def study(seed: int, data: dict[str, Data], args: argparse.Namespace) -> Iterato
             yield row
             waiting.append((row, factors))
 
-    def again() -> Iterator[Any]:
-        for row, factors in waiting:
-            if deadline.left() > 0:
-                name = row["task"]
-                yield lambda row=row, factors=factors, name=name: Training(
-                    compressed(models[name], factors), data[name], args.lr, args.epochs, row
-                )
+    def again(row: dict[str, Any], factors: dict[str, Factors]) -> Training:
+        name = row["task"]
+        return Training(compressed(models[name], factors), data[name], args.lr, args.epochs, row)
 
-    for training in run_together(again(), args.streams):
-        yield training.row | {"after": metric(training.model, training.data)}
+    for start in range(0, len(waiting), args.streams):
+        if deadline.left() > 0:
+            starts = [functools.partial(again, *cell) for cell in waiting[start : start + args.streams]]
+            for training in run_together(starts, args.streams):
+                yield training.row | {"after": metric(training.model, training.data)}
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:

@@ -20,6 +20,17 @@ SECTIONS = {
     "shrinking": "SalientLoRA before the first and after the last decision (64 ranks to 8)",
     "modes": "Other modes (4 layers)",
 }
+COMPRESSION = {
+    "svd": "SVD",
+    "activation": "activation (ASVD)",
+    "fisher": "Fisher (FWSVD)",
+    "fisher_two_sided": "Fisher, two-sided",
+    "importance": "importance (IWSVD)",
+    "em": "EM",
+    "nesterov": "Nesterov",
+    "anderson": "Anderson",
+    "whitening": "whitening (SVD-LLM)",
+}
 OPTIONS = ("adapter_dtype", "gradient_checkpointing", "autocast", "compile")
 
 
@@ -57,6 +68,125 @@ def decisions(result: dict[str, Any]) -> str:
     return table(columns, [[row.get(column, "") for column in columns] for row in result["rows"]])
 
 
+def compressed_memory(result: dict[str, Any]) -> str:
+    rows = [row for row in result["rows"] if row["part"] == "memory"]
+    dense = next(row for row in rows if row["model"] == "dense")
+    lines = []
+    for row in rows:
+        parts = (row["parameters"] / dense["parameters"], row["mib"] / dense["mib"])
+        ranks = ", ".join(f"{rank} {name}" for name, rank in row["ranks"].items() if rank is not None)
+        lines.append([row["model"], row["parameters"], f"{parts[0]:.4f}", row["mib"], f"{parts[1]:.4f}", ranks])
+    return table(["model", "parameters", "of dense", "MiB", "of dense", "ranks in every layer"], lines)
+
+
+def compressed_speed(result: dict[str, Any]) -> str:
+    """A line for each case and variant: ms, and how many times as fast as dense."""
+    rows = [row for row in result["rows"] if row["part"] == "speed"]
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    times = {(row["case"], row["variant"], row["model"]): row["ms"] for row in rows if "ms" in row}
+    lines = []
+    for case, variant in dict.fromkeys((row["case"], row["variant"]) for row in rows):
+        dense = times.get((case, variant, "dense"))
+        cells = []
+        for model in models:
+            ms = times.get((case, variant, model))
+            faster = f" ({dense / ms:.2f})" if ms and dense and model != "dense" else ""
+            cells.append("" if ms is None else f"{ms:.2f}{faster}")
+        lines.append([case, variant, *cells])
+    cases = list(dict.fromkeys(line[0] for line in lines))
+    return table(["case", "variant", *models], sorted(lines, key=lambda line: cases.index(line[0])))
+
+
+def decomposition_time(result: dict[str, Any]) -> str:
+    rows = [row for row in result["rows"] if row["part"] == "decomposition" and row["layers"]]
+    names = list(rows[0]["seconds_by_linear"])
+    lines = []
+    for row in rows:
+        # threads wait for each other: what each of them took says nothing
+        alone = row["workers"] == 1
+        by_linear = [f"{row['seconds_by_linear'][name] / row['layers']:.3f}" if alone else "" for name in names]
+        lines.append([COMPRESSION[row["method"]], row["workers"], row["layers"], f"{row['seconds']:.1f}", *by_linear])
+    return table(["method", "at a time", "layers", "seconds", *(f"{name}, s each" for name in names)], lines)
+
+
+def compression_quality(result: dict[str, Any]) -> str:
+    rows = [row for row in result["rows"] if row["decomposition"] != "dense"]
+    columns = list(dict.fromkeys((row["allocation"], row["ratio"]) for row in rows))
+    found = {(row["decomposition"], row["allocation"], row["ratio"]): row.get("perplexity") for row in rows}
+    lines = [
+        [label, *(_number(found.get((method, *column))) for column in columns)]
+        for method, label in COMPRESSION.items()
+        if any((method, *column) in found for column in columns)
+    ]
+    return table(["decomposition", *(f"{allocation}, {ratio}" for allocation, ratio in columns)], lines)
+
+
+def _number(value: float | None) -> str:
+    return "" if value is None else f"{value:.1f}" if value < 1e4 else f"{value:.1e}"
+
+
+def glue_by_rank(result: dict[str, Any], task: str) -> str:
+    """Means over the seeds, before and after training again."""
+    found: dict[tuple[str, int, str], list[float]] = {}
+    for row in result["rows"]:
+        for stage in ("before", "after"):
+            if row["task"] == task and stage in row:
+                found.setdefault((row["method"], row["fifths"], stage), []).append(row[stage])
+    means = {key: sum(values) / len(values) for key, values in found.items()}
+    columns = [(fifths, stage) for stage in ("before", "after") for fifths in (1, 2, 3, 4)]
+    lines = [
+        [label, *(_number(means.get((method, *column))) for column in columns)]
+        for method, label in COMPRESSION.items()
+        if any((method, *column) in means for column in columns)
+    ]
+    return table(["decomposition", *(f"{fifths}/5 {stage}" for fifths, stage in columns)], lines)
+
+
+def compression() -> list[str]:
+    """The parts about compressed models, as far as they have been measured."""
+    found = {}
+    for name in ("compressed_speed", "compression_quality", "fwsvd_glue"):
+        path = RESULTS / f"{name}.json"
+        if path.exists():
+            found[name] = json.loads(path.read_text())
+    parts = []
+    if "compressed_speed" in found:
+        result = found["compressed_speed"]
+        made = {row["part"] for row in result["rows"]}
+        note = (
+            f"LLaMA-7B shape, {result['settings']['layers']} layers, bfloat16. A model's name is its ratio over the "
+            "linears / what its ranks are multiples of. Times in ms of a prefill or a decoding step; in brackets how "
+            "many times as fast as dense.\n"
+        )
+        parts += ["## Compressed models: speed and memory\n", note, origin(result)]
+        parts += [compressed_speed(result)] if "speed" in made else []
+        parts += [compressed_memory(result)] if "memory" in made else []
+        parts += ["### Time to decompose\n", decomposition_time(result)] if "decomposition" in made else []
+    if "compression_quality" in found:
+        result = found["compression_quality"]
+        settings = result["settings"]
+        note = (
+            f"{settings['model']}, WikiText-2, the first {settings['test_tokens']:,} tokens of the test text, context "
+            f"{settings['context']}: {result['rows'][0]['perplexity']} dense. Calibrated on "
+            f"{settings['calibration_tokens']:,} tokens of the training text, not trained. Columns: budget, ratio over "
+            "the decoder's linears.\n"
+        )
+        parts += ["## Compressed models: perplexity\n", note, origin(result), compression_quality(result)]
+    if "fwsvd_glue" in found:
+        result = found["fwsvd_glue"]
+        settings = result["settings"]
+        note = (
+            f"{settings['model']}, all linears of the encoder at the same part of the full rank, before and after "
+            f"training again (epochs: {settings['epochs']}; seeds: {len(settings['seeds'])}).\n"
+        )
+        picture = "![Metric against rank](fwsvd_glue.png)\n"
+        parts += ["## Compressed models: GLUE by rank\n", note, picture, origin(result)]
+        for task in dict.fromkeys(row["task"] for row in result["rows"]):
+            dense = [row["before"] for row in result["rows"] if row["task"] == task and row["method"] == "dense"]
+            parts += [f"### {task}: {sum(dense) / len(dense):.1f} dense\n", glue_by_rank(result, task)]
+    return parts
+
+
 def main() -> None:
     parts = [
         "# Benchmarks\n",
@@ -72,6 +202,7 @@ def main() -> None:
     for path in sorted(RESULTS.glob("decision_*.json")):
         result = json.loads(path.read_text())
         parts += [origin(result), decisions(result)]
+    parts += compression()
     PAGE.write_text("\n".join(parts), encoding="utf-8")
     print(f"wrote {PAGE}")
 
