@@ -1,0 +1,321 @@
+# Copyright 2026 The peft_rank authors. Licensed under the Apache License, Version 2.0.
+"""Which ranks and factors a model gets: every decomposition on calibrated models, budgets, and what is refused."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+from compressions import compressed, config, matrix, targets
+from peft_rank import LowRankConfig, calibrate, get_rank_pattern
+from peft_rank.decomposition import ITERATIVE, STATISTIC, decompose
+from peft_rank.tuners.lowrank import FactorizedLinear
+from runs import assert_close, logits
+from tiny_models import TINY_MODELS, TinyModel
+
+
+WEIGHTED = [method for method, statistic in STATISTIC.items() if statistic]
+
+
+def layers(model: PeftModel) -> dict[str, FactorizedLinear]:
+    return {name: m for name, m in model.base_model.model.named_modules() if isinstance(m, FactorizedLinear)}
+
+
+def batches(tiny: TinyModel) -> list[dict[str, torch.Tensor]]:
+    return [tiny.make_batch(8, seed=seed) for seed in range(3)]
+
+
+def calibrated(tiny: TinyModel, decomposition: str, **overrides: Any) -> LowRankConfig:
+    made = config(tiny, decomposition=decomposition, **overrides)
+    made.statistics = calibrate(tiny.make_model(), batches(tiny), config=made, progress=False)
+    return made
+
+
+def recorded(tiny: TinyModel) -> dict[str, np.ndarray]:
+    """What flows into each target on the calibration batches, padding left out: (tokens, in), float64."""
+    model, inputs, mask = tiny.make_model().eval(), {}, []
+
+    def note(name: str):
+        def hook(module: nn.Module, args: tuple) -> None:
+            x = args[0].detach().flatten(0, -2)
+            inputs.setdefault(name, []).append(x[mask[-1].flatten()].double().numpy())
+
+        return hook
+
+    for name, module in targets(model, tiny).items():
+        module.register_forward_pre_hook(note(name))
+    for batch in batches(tiny):
+        mask.append(batch["attention_mask"].bool())
+        model(**batch)
+    return {name: np.concatenate(parts) for name, parts in inputs.items()}
+
+
+# --- decompositions ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5"])
+@pytest.mark.parametrize("decomposition", WEIGHTED)
+def test_every_decomposition_is_what_decompose_gives(name: str, decomposition: str, tmp_path: Any) -> None:
+    tiny = TINY_MODELS[name]
+    made = calibrated(tiny, decomposition, rank=5, alpha=0.7)
+    model = get_peft_model(tiny.make_model(), made)
+    dense = targets(tiny.make_model(), tiny)
+    assert layers(model).keys() == dense.keys()
+    for key, layer in layers(model).items():
+        statistics = made.statistics.for_module(key, decomposition)
+        factors = decompose(matrix(dense[key]), 5, decomposition, alpha=0.7, **statistics)
+        assert torch.equal(layer.factors("default").up, factors.up)
+        assert torch.equal(layer.factors("default").down, factors.down)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(tiny.make_model(), str(tmp_path))
+    assert loaded.peft_config["default"].statistics is None
+    assert torch.equal(logits(loaded, tiny), logits(model, tiny))
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "opt", "bert"])
+def test_whitening_loses_exactly_the_dropped_singular_values(name: str) -> None:
+    """The squared output error on the calibration inputs, by numpy: the sum of the squares of the singular values of
+    X W^T beyond the rank. Nothing of the same rank loses less: no other decomposition, and no descent on the error."""
+    tiny, rank = TINY_MODELS[name], 6
+    inputs = recorded(tiny)
+    models = {
+        method: layers(get_peft_model(tiny.make_model(), calibrated(tiny, method, rank=rank))) for method in STATISTIC
+    }
+    for key, module in targets(tiny.make_model(), tiny).items():
+        weight = matrix(module).double().numpy()
+        values = np.linalg.svd(inputs[key] @ weight.T, compute_uv=False)
+        least = (values[rank:] ** 2).sum()
+
+        def loss(product: torch.Tensor, key: str = key, weight: np.ndarray = weight) -> float:
+            return ((inputs[key] @ (weight - product.double().numpy()).T) ** 2).sum()
+
+        losses = {method: loss(found[key].product("default")) for method, found in models.items()}
+        assert losses["whitening"] == pytest.approx(least, rel=1e-3), key
+        assert min(losses, key=losses.get) == "whitening", (key, losses)
+        assert losses["svd"] > 1.01 * losses["whitening"], "the inputs tell no direction from another"
+
+
+def test_descent_on_the_output_error_does_not_beat_whitening(llama: TinyModel) -> None:
+    """From plain SVD, and from the whitened factors themselves."""
+    key, rank = "model.layers.1.mlp.down_proj", 6
+    x = torch.from_numpy(recorded(llama)[key])
+    weight = matrix(targets(llama.make_model(), llama)[key]).double()
+    whitened = layers(get_peft_model(llama.make_model(), calibrated(llama, "whitening", rank=rank)))[key]
+    least = (x @ (weight - whitened.product("default").double()).T).square().sum()
+    for start in (decompose(weight, rank), whitened.factors("default")):
+        up, down = (factor.detach().double().clone().requires_grad_() for factor in start)
+        optimizer = torch.optim.LBFGS([up, down], max_iter=300, line_search_fn="strong_wolfe")
+
+        def error(up: torch.Tensor = up, down: torch.Tensor = down, optimizer: Any = optimizer) -> torch.Tensor:
+            optimizer.zero_grad()
+            loss = (x @ (weight - up @ down).T).square().sum()
+            loss.backward()
+            return loss
+
+        optimizer.step(error)
+        assert error() >= least * (1 - 1e-6)
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "spectral"])
+def test_a_whitened_model_is_closer_than_a_plain_one(llama: TinyModel, allocation: str) -> None:
+    dense, distance = logits(llama.make_model(), llama), {}
+    for method in ("svd", "whitening"):
+        made = calibrated(llama, method, ratio=0.6, rank_multiple=1, allocation=allocation)
+        distance[method] = (logits(get_peft_model(llama.make_model(), made), llama) - dense).square().sum()
+    assert distance["whitening"] < 0.8 * distance["svd"]
+
+
+@pytest.mark.parametrize("decomposition", WEIGHTED)
+def test_without_statistics_the_remedy_is_named(llama: TinyModel, decomposition: str) -> None:
+    with pytest.raises(ValueError, match=rf"`decomposition='{decomposition}'` weighs by statistics.*calibrate\("):
+        compressed(llama, rank=4, decomposition=decomposition)
+    allocation = "spectral" if decomposition not in ITERATIVE else "uniform"
+    with pytest.raises(ValueError, match=r"weighs by statistics.*calibrate\("):
+        compressed(llama, ratio=0.5, decomposition=decomposition, allocation=allocation)
+
+
+def test_statistics_of_another_model_are_refused(llama: TinyModel) -> None:
+    made = calibrated(llama, "whitening", rank=4)
+    with pytest.raises(ValueError, match="The statistics belong to another model"):
+        get_peft_model(llama.make_model(seed=1), made)
+
+
+def test_statistics_of_other_modules_or_methods_are_refused(llama: TinyModel) -> None:
+    made = calibrated(llama, "whitening", rank=4, target_modules=["q_proj"])
+    with pytest.raises(ValueError, match=r"No statistics for module 'model\.layers\.0\.self_attn\.v_proj'"):
+        get_peft_model(
+            llama.make_model(),
+            LowRankConfig(
+                rank=4, decomposition="whitening", target_modules=["q_proj", "v_proj"], statistics=made.statistics
+            ),
+        )
+    with pytest.raises(ValueError, match="Decomposition 'fisher' needs the statistic 'fisher' of module"):
+        get_peft_model(
+            llama.make_model(),
+            LowRankConfig(rank=4, decomposition="fisher", target_modules=["q_proj"], statistics=made.statistics),
+        )
+
+
+# --- budgets ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scope", ["targets", "model"])
+@pytest.mark.parametrize("ratio", [0.35, 0.62, 0.8, 0.97])
+def test_a_ratio_is_never_exceeded_and_nearly_met(tiny: TinyModel, scope: str, ratio: float) -> None:
+    base = tiny.make_model()
+    modules = targets(base, tiny)
+    counted = modules.values() if scope == "targets" else [base]
+    before = sum(p.numel() for module in counted for p in module.parameters())
+    shapes = {name: matrix(module).shape for name, module in modules.items()}
+    rest = before - sum(m * n for m, n in shapes.values())
+    for allocation in ("uniform", "spectral"):
+        overrides = {"ratio": ratio, "ratio_scope": scope, "rank_multiple": 2, "allocation": allocation}
+        if rest + sum(map(sum, shapes.values())) > ratio * before:  # rank 1 everywhere
+            with pytest.raises(ValueError, match=rf"`ratio={ratio}` must be in \[0\.\d+, 1\].*cannot shrink"):
+                compressed(tiny, **overrides)
+            continue
+        ranks = get_rank_pattern(compressed(tiny, **overrides))
+        kept = rest + sum(ranks[k] * (m + n) if k in ranks else m * n for k, (m, n) in shapes.items())
+        assert kept <= ratio * before
+        assert kept > ratio * before - 2 * max(map(sum, shapes.values()))
+
+
+def test_a_spectral_budget_drops_less_than_a_uniform_one(tiny: TinyModel) -> None:
+    dropped = {}
+    for allocation in ("uniform", "spectral"):
+        ranks = get_rank_pattern(compressed(tiny, ratio=0.6, rank_multiple=1, allocation=allocation))
+        dropped[allocation] = sum(
+            (np.linalg.svd(matrix(module).double().numpy(), compute_uv=False)[ranks.get(name, 99) :] ** 2).sum()
+            for name, module in targets(tiny.make_model(), tiny).items()
+        )
+    assert dropped["spectral"] < dropped["uniform"]
+
+
+def test_tied_weights_count_once_and_adapters_not_at_all() -> None:
+    tiny = TINY_MODELS["gpt2"]
+    base = tiny.make_model()
+    total = sum(p.numel() for p in base.parameters())
+    assert base.lm_head.weight is base.transformer.wte.weight
+    model = compressed(tiny, ratio=0.7, ratio_scope="model", rank_multiple=1)
+    model.add_adapter("second", config(tiny, ratio=0.7, ratio_scope="model", rank_multiple=1))
+    assert get_rank_pattern(model, adapter_name="second") == get_rank_pattern(model, adapter_name="default")
+    model.delete_adapter("second")
+    model.base_model.finalize()
+    kept = sum(p.numel() for p in model.get_base_model().parameters())
+    assert 0.7 * total - 160 < kept <= 0.7 * total
+
+
+def test_given_ranks_are_aligned_if_a_multiple_is_given(llama: TinyModel) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert set(get_rank_pattern(compressed(llama, rank=11)).values()) == {11}
+        assert set(get_rank_pattern(compressed(llama, rank=3, rank_multiple=8)).values()) == {3}
+    with pytest.warns(UserWarning, match=r"11 to 8 \(a multiple of 8\).*`rank_multiple=1`"):
+        assert set(get_rank_pattern(compressed(llama, rank=11, rank_multiple=8)).values()) == {8}
+
+
+def test_modules_whose_factors_do_not_pay_stay_as_they_are(llama: TinyModel) -> None:
+    """32 x 32 ends at rank 15, 64 x 32 at rank 21, 16 x 32 (grouped keys and values) at rank 10."""
+    model = compressed(llama, rank=16)
+    assert {name.split(".")[-1] for name in get_rank_pattern(model)} == {"gate_proj", "up_proj", "down_proj"}
+    plain = llama.make_model()
+    assert type(model.base_model.model.model.layers[0].self_attn.q_proj) is nn.Linear
+    assert torch.equal(
+        model.base_model.model.model.layers[0].self_attn.q_proj.weight, plain.model.layers[0].self_attn.q_proj.weight
+    )
+
+
+def test_a_compression_of_nothing_says_so(llama: TinyModel, tmp_path: Any) -> None:
+    with pytest.warns(UserWarning, match="All 14 targeted modules stay dense.*Lower `rank`"):
+        model = compressed(llama, rank=500)
+    assert get_rank_pattern(model) == {}
+    assert torch.equal(logits(model, llama), logits(llama.make_model(), llama))
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(llama.make_model(), str(tmp_path))
+    assert torch.equal(logits(loaded, llama), logits(llama.make_model(), llama))
+
+
+# --- what is refused, before anything is changed ----------------------------------------------------------------------
+
+
+def refuse(model: nn.Module, made: LowRankConfig, error: type[Exception], message: str) -> None:
+    before = {name: type(module) for name, module in model.named_modules()}
+    with pytest.raises(error, match=message):
+        get_peft_model(model, made)
+    assert {name: type(module) for name, module in model.named_modules()} == before
+
+
+def test_tied_weights_are_refused() -> None:
+    tiny = TINY_MODELS["gpt2"]
+    made = LowRankConfig(rank=4, target_modules=["c_fc", "lm_head"])
+    refuse(tiny.make_model(), made, ValueError, "weight of lm_head is shared with another module.*`exclude_modules`")
+    untied = get_peft_model(
+        tiny.make_model(tie_word_embeddings=False), LowRankConfig(rank=4, target_modules=["lm_head"])
+    )
+    assert get_rank_pattern(untied) == {"lm_head": 4}
+
+
+def test_other_modules_are_refused(llama: TinyModel) -> None:
+    made = LowRankConfig(rank=4, target_modules=["q_proj", "embed_tokens"])
+    refuse(llama.make_model(), made, TypeError, "Target module model.embed_tokens is a Embedding")
+
+
+def test_adapters_of_other_methods_are_refused(llama: TinyModel) -> None:
+    model = get_peft_model(llama.make_model(), LoraConfig(r=2, target_modules=["q_proj"])).base_model.model
+    del model.peft_config
+    refuse(model, LowRankConfig(rank=4, target_modules=["q_proj"]), TypeError, "has an adapter of another method")
+
+
+class Scaled(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+def test_linears_that_do_more_are_refused() -> None:
+    made = LowRankConfig(rank=2, target_modules=["0"])
+    refuse(
+        nn.Sequential(Scaled(16, 16)), made, TypeError, "Target module 0 is a Scaled, which does more than a linear"
+    )
+    attention = nn.Sequential(nn.MultiheadAttention(16, 2))
+    refuse(attention, LowRankConfig(rank=2, target_modules=["out_proj"]), TypeError, "does more than a linear")
+
+
+def test_coarse_weights_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(16, 16).to(torch.float8_e4m3fn))
+    refuse(model, LowRankConfig(rank=2, target_modules=["0"]), TypeError, "is torch.float8_e4m3fn, too coarse")
+
+
+def test_quantized_weights_are_refused() -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    model = nn.Sequential(bitsandbytes.nn.Linear8bitLt(16, 16, has_fp16_weights=False))
+    refuse(model, LowRankConfig(rank=2, target_modules=["0"]), TypeError, "0 is quantized .*Linear8bitLt.*compress it")
+
+
+def test_a_damaged_weight_is_named(llama: TinyModel) -> None:
+    model = llama.make_model()
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
+    refuse(model, config(llama, rank=4), ValueError, r"Module model\.layers\.1\.mlp\.up_proj: `weight` must be finite")
+
+
+def test_no_target_is_an_error(llama: TinyModel) -> None:
+    with pytest.raises(ValueError, match="Target modules .*nowhere.* not found"):
+        get_peft_model(llama.make_model(), LowRankConfig(rank=4, target_modules=["nowhere"]))
+
+
+def test_zero_weights_are_factorized_and_can_be_trained() -> None:
+    model = get_peft_model(
+        nn.Sequential(nn.Linear(16, 16)).requires_grad_(False), LowRankConfig(rank=2, target_modules=["0"])
+    )
+    with torch.no_grad():
+        model.base_model.model[0].base_layer.weight.zero_()
+    model.add_adapter("zero", LowRankConfig(rank=2, target_modules=["0"]))
+    model.set_adapter("zero")
+    x = torch.randn(3, 16)
+    assert_close(model(x), model.base_model.model[0].bias.expand(3, -1), 0)
+    assert any(factor.detach().any() for factor in model.base_model.model[0].factors("zero"))
