@@ -48,6 +48,9 @@ def test_stretches_are_spread_and_in_order(tokenizer: PreTrainedTokenizerFast) -
 def test_short_texts_are_used_once(tokenizer: PreTrainedTokenizerFast) -> None:
     (batch,) = text_batches([" ".join(WORDS[:105])], tokenizer, samples=256, length=20, batch_size=256)
     assert torch.equal(batch["input_ids"].flatten(), torch.arange(3, 103))
+    # fewer characters than samples
+    (batch,) = text_batches(["w1 w2 w3"], tokenizer, samples=256, length=2)
+    assert batch["input_ids"].tolist() == [[4, 5]]
     with pytest.raises(ValueError, match="The text has 105 tokens, fewer than the 200 of one sample"):
         text_batches([" ".join(WORDS[:105])], tokenizer, samples=4, length=200)
     with pytest.raises(ValueError, match="The text has 0 tokens"):

@@ -5,14 +5,15 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter, deque
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from .batches import Batch, TokenMask, equal_shares, samples_in, singles
 
@@ -23,6 +24,17 @@ def _work(x: Tensor) -> torch.dtype:
 
 def _argument(args: tuple, kwargs: dict[str, Any]) -> Tensor:
     return args[0] if args else next(iter(kwargs.values()))
+
+
+@contextmanager
+def _installed(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Hooks, for as long as it lasts."""
+    handles = list(handles)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 class FiniteCheck:
@@ -93,17 +105,11 @@ class InputCollector:
         self._recent: deque[_Seen] = deque()
         self._finite = FiniteCheck()
 
-    @contextmanager
-    def hooks(self) -> Iterator[None]:
-        handles = [
+    def hooks(self) -> AbstractContextManager[None]:
+        return _installed(
             module.register_forward_pre_hook(partial(self._hook, name), with_kwargs=True)
             for name, module in self.modules.items()
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        )
 
     @torch.no_grad()
     def run(self, model: nn.Module, batch: Batch) -> None:
@@ -186,17 +192,11 @@ class GradientCollector:
         self._separable = True
         self._finite = FiniteCheck()
 
-    @contextmanager
-    def hooks(self) -> Iterator[None]:
-        handles = [
+    def hooks(self) -> AbstractContextManager[None]:
+        return _installed(
             module.register_forward_hook(partial(self._hook, name), with_kwargs=True)
             for name, module in self.modules.items()
-        ]
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+        )
 
     def run(self, model: nn.Module, batch: Batch) -> None:
         if samples_in(batch) > 1 and not (self._separable and equal_shares(batch) and self._run(model, batch)):

@@ -69,14 +69,13 @@ def text_batches(
     """
     text = "\n\n".join(texts)
     stride = len(text) // samples
-    rows = []
-    for start in range(0, stride * samples, max(stride, 1)):
-        rows.append(_tokens(tokenizer, text[start : start + min(stride, length * CHARACTERS)])[:length])
-        if len(rows[-1]) < length:
-            # too little text for so many: all of it, one after the other
-            tokens = _tokens(tokenizer, text)
-            rows = [tokens[i : i + length] for i in range(0, len(tokens) - length + 1, length)][:samples]
-            break
+    ends = min(stride, length * CHARACTERS)
+    starts = range(0, stride * samples, stride) if stride else ()
+    rows = [_tokens(tokenizer, text[start : start + ends])[:length] for start in starts]
+    if not rows or min(map(len, rows)) < length:
+        # too little text for so many: all of it, one after the other
+        tokens = _tokens(tokenizer, text)
+        rows = [tokens[i : i + length] for i in range(0, len(tokens) - length + 1, length)][:samples]
     if not rows:
         raise ValueError(
             f"The text has {len(_tokens(tokenizer, text))} tokens, fewer than the {length} of one sample. Give more text, or "
