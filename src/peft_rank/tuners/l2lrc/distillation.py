@@ -39,7 +39,8 @@ class Distillation:
     """
 
     def __init__(self, model: nn.Module, layers: list[SearchLayer], weight: float, pretraining_weight: float) -> None:
-        if not isinstance(model, PreTrainedModel) or model.base_model is model:
+        backbone = _backbone(model)
+        if backbone is None:
             raise ValueError(
                 f"`distillation_weight={weight}` needs a transformers model with a backbone and a head, got "
                 f"{type(model).__name__}. Set `distillation_weight=0`, which learns from the model's loss alone."
@@ -52,7 +53,7 @@ class Distillation:
         self.scale: Tensor | None = None
         self.distance: Tensor | None = None
         self._handles = [
-            model.base_model.register_forward_hook(self._take_hidden),
+            backbone.register_forward_hook(self._take_hidden),
             model.register_forward_hook(self._take_loss),
         ]
         self._state = "idle"
@@ -140,6 +141,15 @@ class _TakeScale(Function):
     def backward(ctx: Any, grad_output: Tensor):
         ctx.distillation.scale = grad_output
         return grad_output, None
+
+
+def _backbone(model: nn.Module) -> nn.Module | None:
+    """What returns the final hidden states first."""
+    if not isinstance(model, PreTrainedModel):
+        return None
+    if model.config.is_encoder_decoder:
+        return model.get_decoder()
+    return None if model.base_model is model else model.base_model
 
 
 def _real_tokens(model: PreTrainedModel, kwargs: dict[str, Any]) -> Tensor | None:

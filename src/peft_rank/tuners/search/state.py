@@ -35,6 +35,7 @@ class SearchState:
         prefix (`bool`): Whether a module keeps its leading ranks, or any.
 
     Attributes:
+        seed (`int`): Of the noise.
         step (`int`): Completed optimizer steps.
         recorded (`int`): How many of them were not skipped.
         met (`int`): For how many steps in a row the smallest target has been met.
@@ -59,6 +60,7 @@ class SearchState:
         self.dense = [out_features * in_features for out_features, in_features in shapes]
         self.total = sum(self.dense) + others_dense
         self.budgets = {ratio: self._budget(ratio) for ratio in config.ratios}
+        self.seed = config.seed
         self.total_steps: int | None = None
         self.restart()
 
@@ -138,7 +140,8 @@ class SearchState:
 
     def pack(self) -> Tensor:
         """Clock and snapshots as bytes, (n,) uint8: an integer tensor survives any cast of the model."""
-        clock = {"step": self.step, "recorded": self.recorded, "met": self.met, "reached": list(self.snapshots)}
+        clock = {"seed": self.seed, "step": self.step, "recorded": self.recorded, "met": self.met}
+        clock["reached"] = list(self.snapshots)
         tensors = {"clock": torch.zeros(0)}
         for i, selection in enumerate(self.snapshots.values()):
             tensors |= {f"{i}.{j}": ranks for j, ranks in enumerate(selection) if ranks is not None}
@@ -152,7 +155,8 @@ class SearchState:
             ValueError: If the bytes are damaged.
         """
         tensors, clock = read_state(blob)
-        self.step, self.recorded, self.met = clock["step"], clock["recorded"], clock["met"]
+        self.seed, self.step = clock["seed"], clock["step"]
+        self.recorded, self.met = clock["recorded"], clock["met"]
         self.snapshots = {
             ratio: [tensors.get(f"{i}.{j}") for j in range(len(self.shapes))]
             for i, ratio in enumerate(clock["reached"])

@@ -102,8 +102,9 @@ class RankSearchTraining(AdaptiveRankTuner):
 
     def _draw(self, name: str, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Soft and hard mask of this optimizer step: the same for all of its micro-batches and on every process."""
-        config, step = self.peft_config[name], self._states[name].step
-        return gumbel_mask(logits, uniform_noise(logits.shape, config.seed, step, logits.device), config.tau)
+        state = self._states[name]
+        uniform = uniform_noise(logits.shape, state.seed, state.step, logits.device)
+        return gumbel_mask(logits, uniform, self.peft_config[name].tau)
 
     @torch.no_grad()
     def _select_ranks(self) -> None:

@@ -1,0 +1,92 @@
+# Copyright 2026 The peft_rank authors. Licensed under the Apache License, Version 2.0.
+"""The masked product against autograd on the plain expression."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from peft_rank.allocation.masks import gumbel_mask, uniform_noise
+from peft_rank.tuners.search.functional import MaskedProduct, needed_rows
+
+
+K, IN, OUT = 24, 32, 40
+
+
+def _problem(tokens: int, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(tokens)
+    make = lambda *shape: torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)  # noqa: E731
+    logits = torch.linspace(6, -12, K, dtype=torch.float64)
+    return {
+        "x": make(2, tokens // 2, IN),
+        "logits": logits,
+        "down": make(K, IN),
+        "up": make(K, OUT),
+        "bias": make(OUT),
+        "weight": make(2, tokens // 2, OUT),
+    }
+
+
+def _masks(logits: Tensor) -> tuple[Tensor, Tensor]:
+    soft, hard = gumbel_mask(logits[None], uniform_noise((1, K), 0, 0), 0.4)
+    return soft, hard[0]
+
+
+@pytest.mark.parametrize("tokens", [6, 100])  # fewer and more than either side of the factors
+@pytest.mark.parametrize("compact", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_value_and_gradients(tokens: int, compact: bool, bias: bool) -> None:
+    given = _problem(tokens)
+    x, logits = given["x"].requires_grad_(), given["logits"].requires_grad_()
+    added = given["bias"] if bias else None
+    soft, hard = _masks(logits)
+    (rows, kept), *_ = needed_rows(soft, hard[None], [K])
+    assert kept == int(hard.sum())
+    assert len(rows) < K
+    result = MaskedProduct.apply(x, hard, given["down"], given["up"], added, *((rows, kept) if compact else (None, 0)))
+    found = torch.autograd.grad((result * given["weight"]).sum(), [x, logits], retain_graph=True)
+
+    expected = ((x @ given["down"].T) * hard) @ given["up"] + (0 if added is None else added)
+    wanted = torch.autograd.grad((expected * given["weight"]).sum(), [x, logits])
+    torch.testing.assert_close(result, expected)
+    torch.testing.assert_close(found[0], wanted[0])
+    # ranks that are left out had next to no slope; the largest gradient is some hundreds
+    torch.testing.assert_close(found[1], wanted[1], rtol=1e-9, atol=0.1 if compact else 1e-9)
+
+
+def test_rows_are_the_kept_ranks_and_those_with_a_slope() -> None:
+    soft, hard = _masks(_problem(6)["logits"])
+    ((rows, kept),) = needed_rows(soft, hard[None], [K])
+    slope = soft[0] * (1 - soft[0])
+    assert set(rows[:kept].tolist()) == set(hard.nonzero().flatten().tolist())
+    for rank in range(K):
+        assert (rank in rows.tolist()) == bool(hard[rank] == 1 or slope[rank] > 2**-12)
+    # most ranks are needed: copying them would cost more than it spares
+    soft, hard = _masks(torch.linspace(6, 3, K))
+    assert needed_rows(soft, hard[None], [K]) == [(None, 0)]
+
+
+@pytest.mark.parametrize("how", ["bfloat16", "autocast"])
+def test_half_precision(how: str) -> None:
+    given = _problem(64, torch.float32 if how == "autocast" else torch.bfloat16)
+    x, logits = given["x"].requires_grad_(), given["logits"].requires_grad_()
+    _, hard = _masks(logits.float())
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=how == "autocast"):
+        result = MaskedProduct.apply(x, hard, given["down"], given["up"], given["bias"], None, 0)
+    assert result.dtype == torch.bfloat16
+    (result.float() * given["weight"].float()).sum().backward()
+    assert x.grad.dtype == x.dtype
+    exact = {key: value.detach().double() for key, value in given.items()}
+    exact_logits = exact["logits"].requires_grad_()
+    expected = ((exact["x"] @ exact["down"].T) * _masks(exact_logits)[1]) @ exact["up"] + exact["bias"]
+    (expected * exact["weight"]).sum().backward()
+    assert float((result - expected).norm() / expected.norm()) < 0.01
+    assert float((logits.grad - exact_logits.grad).norm() / exact_logits.grad.norm()) < 0.02
+
+
+def test_factors_get_no_gradient_and_no_input_gradient_is_computed_in_vain() -> None:
+    given = _problem(6)
+    logits = given["logits"].requires_grad_()
+    result = MaskedProduct.apply(given["x"], _masks(logits)[1], given["down"], given["up"], None, None, 0)
+    result.sum().backward()
+    assert logits.grad is not None
+    assert given["x"].grad is given["down"].grad is given["up"].grad is None
