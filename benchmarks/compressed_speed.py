@@ -87,10 +87,8 @@ def build_all(args: Namespace, rows: list[dict[str, Any]], keep: Callable[[], No
     """The models, and a row of memory for each."""
     models = {}
     for name in args.models:
-        gc.collect()
         before = torch.cuda.memory_allocated() if args.device == "cuda" else 0
         model = build(name, args)
-        gc.collect()
         after = torch.cuda.memory_allocated() if args.device == "cuda" else 0
         row = {"part": "memory", "model": name, "parameters": sum(p.numel() for p in model.parameters())}
         row |= {"mib": round((after - before) / 2**20, 1), "ranks": layer_ranks(name, args.shape)}
@@ -182,6 +180,12 @@ def compiled(model: LlamaForCausalLM, case: str, backend: str) -> tuple[Callable
 # --- measuring ---
 
 
+def release(device: str) -> None:
+    if device == "cuda":
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
 def timing(call: Callable[[], Any]) -> dict[str, float]:
     """Median and interquartile range, over groups of calls one after the other, of the ms of a call."""
     for _ in range(WARMUP):
@@ -204,7 +208,7 @@ def speed(args: Namespace, rows: list[dict[str, Any]], keep: Callable[[], None])
     deadline = Deadline(args.seconds)
     for variant in args.variants:
         for case in CASES:
-            gc.collect()  # caches of the case before
+            release(args.device)  # caches of the case before
             for name in args.models if variant != "compile" else args.compiled:
                 row = {"part": "speed", "variant": variant, "case": case, "model": name}
                 if deadline.left() < 0:
@@ -315,9 +319,7 @@ def main(argv: list[str] | None = None) -> None:
     rows: list[dict[str, Any]] = []
     for part in args.parts:
         PARTS[part](args, rows, lambda: store(args.output, rows, shape=args.shape, layers=args.layers))
-        gc.collect()
-        if args.device == "cuda":
-            torch.cuda.empty_cache()
+        release(args.device)
 
 
 if __name__ == "__main__":
