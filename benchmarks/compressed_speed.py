@@ -248,7 +248,7 @@ def input_grams(args: Namespace) -> dict[str, Tensor]:
         inputs = torch.randn(min(TOKENS, 4 * features), features, device=args.device)
         inputs *= torch.logspace(0, -2, features, device=args.device)
         inputs[:, :4] *= 100  # as a few channels of transformers are
-        grams |= dict.fromkeys([source, *names], inputs.T @ inputs)
+        grams |= dict.fromkeys([source, *names], (inputs.T @ inputs).cpu())  # where `calibrate` leaves them
     return grams
 
 

@@ -56,7 +56,8 @@ def working_copy(tensor: Tensor, like: Tensor, dtype: torch.dtype | None) -> Ten
             "at least. The factors are returned in the dtype of the weight in any case."
         )
     dtype = torch.promote_types(like.dtype, torch.float32) if dtype is None else dtype
-    return tensor.detach().to("cpu" if like.device.type == "mps" else like.device, dtype)
+    # moved before it is widened: together the sender would widen, and more bytes travel
+    return tensor.detach().to("cpu" if like.device.type == "mps" else like.device).to(dtype)
 
 
 def check_finite(name: str, tensor: Tensor, remedy: str) -> None:
