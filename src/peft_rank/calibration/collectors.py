@@ -12,14 +12,27 @@ from functools import partial
 from typing import Any
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from ..decomposition.svd import product
 from .batches import Batch, TokenMask, equal_shares, samples_in, singles
+
+
+_MM_HAS_OUT_DTYPE = Version(torch.__version__).release >= (2, 8)
 
 
 def _work(x: Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
+
+
+def _summed_products(left: Tensor, right: Tensor) -> Tensor:
+    """sum_k left_k right_k^T of (k, a) and (k, b), in float32 at least: products of half-precision numbers are exact in it."""
+    if left.is_cuda and left.dtype == right.dtype in (torch.bfloat16, torch.float16) and _MM_HAS_OUT_DTYPE:
+        return torch.mm(left.mT, right, out_dtype=torch.float32)
+    dtype = torch.promote_types(_work(left), _work(right))
+    return product(left.to(dtype).mT, right.to(dtype))
 
 
 def _argument(args: tuple, kwargs: dict[str, Any]) -> Tensor:
@@ -136,8 +149,7 @@ class InputCollector:
         seen.users.append(name)
 
     def _added(self, rows: Tensor) -> Tensor:
-        rows = rows.to(_work(rows))
-        return rows.mT @ rows if self.gram else rows.abs().sum(0)
+        return _summed_products(rows, rows) if self.gram else rows.abs().sum(0, dtype=_work(rows))
 
     def _flush(self, seen: _Seen) -> None:
         # a module that is called twice with one tensor counts twice
@@ -247,7 +259,7 @@ class GradientCollector:
                 x.reshape(self._size, -1, x.shape[-1]),
                 strict=True,
             ):
-                of_weight = of_y.to(_work(of_y)).mT @ of_x.to(device=of_y.device, dtype=_work(of_y)) * factor
+                of_weight = _summed_products(of_y, of_x.to(of_y.device)) * factor
                 if self._size > 1:
                     self._add(name, of_weight)
                 elif name in self._partial:
