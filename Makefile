@@ -31,9 +31,10 @@ style: $(VENV)/.test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-bench: $(VENV)/.test  # for a GPU; the study of quality takes its own arguments, see benchmarks/README.md
+bench: $(VENV)/.test  # for a GPU; the studies of quality take their own arguments, see benchmarks/README.md
 	$(BIN)/python benchmarks/decision.py
 	$(BIN)/python benchmarks/training_step.py $(ARGS)
+	$(BIN)/python benchmarks/compressed_speed.py
 	$(BIN)/python benchmarks/tables.py
 
 dist: $(VENV)/.test
