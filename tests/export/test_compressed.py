@@ -117,6 +117,50 @@ def test_weights_on_disk(directories: tuple, tiny: TinyModel) -> None:
         assert torch.equal(state[key], expected[key])
 
 
+SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+TEXT = {**SIZES, "vocab_size": 64, "num_key_value_heads": 2}
+
+
+def _mixtral() -> PreTrainedModel:
+    return transformers.MixtralForCausalLM(transformers.MixtralConfig(**TEXT, num_local_experts=4))
+
+
+def _llava() -> PreTrainedModel:
+    vision = transformers.CLIPVisionConfig(**SIZES, image_size=8, patch_size=4)
+    text = transformers.LlamaConfig(**TEXT)
+    config = transformers.LlavaConfig(text_config=text, vision_config=vision, image_token_index=63)
+    return transformers.LlavaForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize("make_model", [_mixtral, _llava])
+def test_files_that_transformers_writes_in_other_terms(
+    make_model: Callable[[], PreTrainedModel], tmp_path: Path
+) -> None:
+    """Experts that are one tensor in memory and many on the disk; a language model under another name."""
+    model = make_model().eval()
+    for name in [name for name, _ in model.named_modules() if name.endswith(("q_proj", "o_proj"))]:
+        compress_module(model, name, 4)
+    ids = torch.arange(4, 12)[None]
+    expected = model(input_ids=ids).logits
+    save_compressed(model, tmp_path / "first")
+    loaded = load_compressed(tmp_path / "first")
+    assert torch.equal(loaded(input_ids=ids).logits, expected)
+    loaded.save_pretrained(tmp_path / "second", max_shard_size="20KB")
+    assert torch.equal(load_compressed(tmp_path / "second")(input_ids=ids).logits, expected)
+    densify(loaded).save_pretrained(tmp_path / "dense")
+    dense = type(model).from_pretrained(tmp_path / "dense")
+    torch.testing.assert_close(dense(input_ids=ids).logits, expected, atol=1e-6, rtol=0)
+
+
+def test_experts_that_are_no_linears(tmp_path: Path) -> None:
+    model = _mixtral()
+    compress_module(model, "model.layers.0.self_attn.q_proj", 4)
+    save_compressed(model, tmp_path)
+    _config(lambda config: config["quantization_config"]["ranks"].update({"model.layers.0.mlp.experts": 4}))(tmp_path)
+    with pytest.raises(TypeError, match=r"model\.layers\.0\.mlp\.experts is to be a linear of rank 4"):
+        load_compressed(tmp_path)
+
+
 # ---- what the configuration tells ----
 
 
@@ -358,7 +402,12 @@ def _cut_config(directory: Path) -> None:
 DAMAGE = {
     "missing factor": (_without_down, RuntimeError, "up_proj.down.weight"),
     "missing embeddings": (_without_embeddings, RuntimeError, "embed_tokens"),
-    "another rank": (_of_another_rank, RuntimeError, "report"),
+    "another rank": (_of_another_rank, RuntimeError, "report|up_proj.down.weight"),
+    "another vocabulary": (
+        _config(lambda config: config.update(vocab_size=65)),
+        RuntimeError,
+        "report|embed_tokens.weight",
+    ),
     "left over": (_with_more, RuntimeError, r"unexpected keys: model\.layers\.7"),
     "truncated": (_truncated, ValueError, "model.safetensors is damaged"),
     "no header": (_no_header, ValueError, "model.safetensors is damaged"),

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
@@ -161,19 +162,21 @@ def _check_on_tying(model: PreTrainedModel, ranks: Mapping[str, int]) -> None:
     the model over devices: the only moment at which a loaded weight can be told from an initialized one.
     """
 
+    shapes = {key: parameter.shape for key, parameter in model.named_parameters()}
+
     def tie_weights(missing_keys: set[str] | None = None, **kwargs: Any) -> Any:
         if missing_keys is not None:
             del model.tie_weights
-            _refuse_unloaded(model, ranks)
+            _refuse_unloaded(model, ranks, shapes)
         return type(model).tie_weights(model, missing_keys=missing_keys, **kwargs)
 
     model.tie_weights = tie_weights
 
 
-def _refuse_unloaded(model: PreTrainedModel, ranks: Mapping[str, int]) -> None:
+def _refuse_unloaded(model: PreTrainedModel, ranks: Mapping[str, int], shapes: Mapping[str, torch.Size]) -> None:
     """
     Raises:
-        RuntimeError: If a factor was not in the checkpoint, or had another shape there.
+        RuntimeError: If a factor was not in the checkpoint, or any weight had another shape there.
     """
     unloaded = [
         f"{name}.{key}"
@@ -182,6 +185,8 @@ def _refuse_unloaded(model: PreTrainedModel, ranks: Mapping[str, int]) -> None:
         # on the meta device are weights that stay on the disk
         if not parameter.is_meta and not vars(parameter).get("_is_hf_initialized", False)
     ]
+    # up to 5.17, transformers leaves them to quantizers
+    unloaded += [key for key, parameter in model.named_parameters() if parameter.shape != shapes[key]]
     if unloaded:
         raise RuntimeError(
             f"{model.name_or_path} does not hold the weights of {', '.join(unloaded)} in the shapes that `config.json` tells. "
