@@ -18,8 +18,8 @@ LOCAL = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz")
 
 @dataclass
 class DataArguments:
-    """Which data. A local file ends in .txt or .jsonl (or .gz of it); anything else is a data set of the Hub, named as
-    `name`, `name:split` or `name/configuration:split` with slashes as on the Hub."""
+    """Which data. A local file ends in .txt or .jsonl (or .gz of it); anything else is a data set of the Hub:
+    `owner/name`, `owner/name:split` or `owner/name/configuration:split`."""
 
     train_data: str = field(metadata={"help": "To calibrate on and, if asked for, to heal on."})
     eval_data: str = field(metadata={"help": "To measure on, before and after."})
