@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import functools
 import gc
 import json
 import platform
@@ -73,6 +74,12 @@ def captured(call: Callable[[], Any], stream: torch.cuda.Stream | None = None) -
     return graph.replay
 
 
+@functools.cache
+def _streams(count: int) -> list[torch.cuda.Stream]:
+    """The same at every call: the libraries keep a workspace for each stream that they have seen."""
+    return [torch.cuda.Stream() for _ in range(count)]
+
+
 def in_parallel(function: Callable[[Any], Any], items: Iterable[Any], workers: int) -> list[Any]:
     """Results in the order of the items. Small decompositions wait for the host most of the time: on CUDA every thread
     has a stream of its own, so that they fill the device together. One worker is a plain loop."""
@@ -82,8 +89,8 @@ def in_parallel(function: Callable[[Any], Any], items: Iterable[Any], workers: i
     torch.linalg.inv(torch.eye(2, device="cuda"))  # the library must not be loaded by two threads at once
     torch.cuda.synchronize()
     streams: queue.SimpleQueue[torch.cuda.Stream] = queue.SimpleQueue()
-    for _ in range(workers):
-        streams.put(torch.cuda.Stream())
+    for stream in _streams(workers):
+        streams.put(stream)
 
     def work(item: Any) -> Any:
         stream = streams.get()

@@ -15,6 +15,7 @@ collecting the statistics left out. Needs one GPU of 100 GB, or of 80 GB with fe
 from __future__ import annotations
 
 import gc
+import json
 import statistics
 import time
 from argparse import ArgumentParser, Namespace
@@ -281,7 +282,12 @@ def decomposition(args: Namespace, rows: list[dict[str, Any]], keep: Callable[[]
             ]
             synchronize()
             start = time.perf_counter()
-            for name, seconds in in_parallel(work, items, workers):
+            try:
+                found = in_parallel(work, items, workers)
+            except RuntimeError as error:  # the others may do
+                row["error"] = str(error)[:300]
+                break
+            for name, seconds in found:
                 row["seconds_by_linear"][name] = round(row["seconds_by_linear"][name] + seconds, 4)
             synchronize()
             row["seconds"] = round(row["seconds"] + time.perf_counter() - start, 3)
@@ -307,6 +313,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     parser.add_argument(
         "--seconds", type=float, default=120, help="limit of a part; what is missing then is stored so"
     )
+    parser.add_argument("--append", action="store_true", help="keep the rows that --output holds")
     args = parser.parse_args(argv)
     args.compiled = [name for name in args.compiled if name in args.models]
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -316,7 +323,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     torch.manual_seed(0)
-    rows: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = json.loads(args.output.read_text())["rows"] if args.append else []
     for part in args.parts:
         PARTS[part](args, rows, lambda: store(args.output, rows, shape=args.shape, layers=args.layers))
         release(args.device)

@@ -69,10 +69,9 @@ def decisions(result: dict[str, Any]) -> str:
 
 
 def compressed_memory(result: dict[str, Any]) -> str:
-    rows = [row for row in result["rows"] if row["part"] == "memory"]
-    dense = next(row for row in rows if row["model"] == "dense")
-    lines = []
-    for row in rows:
+    rows = {row["model"]: row for row in result["rows"] if row["part"] == "memory"}
+    dense, lines = rows["dense"], []
+    for row in rows.values():
         parts = (row["parameters"] / dense["parameters"], row["mib"] / dense["mib"])
         ranks = ", ".join(f"{rank} {name}" for name, rank in row["ranks"].items() if rank is not None)
         lines.append([row["model"], row["parameters"], f"{parts[0]:.4f}", row["mib"], f"{parts[1]:.4f}", ranks])

@@ -90,6 +90,10 @@ def test_compressed_speed_from_end_to_end(speed: ModuleType, tmp_path: Path, mon
     whole = rows[-1]
     assert (whole["method"], whole["workers"], whole["layers"]) == ("whitening", 1, 2)
     assert whole["seconds"] >= sum(whole["seconds_by_linear"].values()) - 0.01
+    speed.main([*tiny, "--parts", "decomposition", "--append", "--output", str(output)])
+    rows = json.loads(output.read_text())["rows"]
+    assert [row["part"] for row in rows].count("decomposition") == 6
+    assert timed == [row for row in rows if row["part"] == "speed"]
 
     tables = importlib.import_module("tables")
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
