@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 import subprocess
@@ -15,7 +16,7 @@ import pytest
 import torch
 import transformers
 from huggingface_hub import ModelCard
-from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel, Trainer
@@ -24,6 +25,7 @@ from transformers.pytorch_utils import Conv1D
 from cards import run, snippets
 from compressed_models import compress_module, compressed, edit_weights
 from peft_rank import (
+    InRankConfig,
     L2LRCConfig,
     SalientLoRAConfig,
     densify,
@@ -325,20 +327,35 @@ def test_what_a_tuner_leaves(tiny: TinyModel, tmp_path: Path) -> None:
     torch.testing.assert_close(logits(model, tiny), expected, atol=1e-5, rtol=1e-5)
 
 
-def test_what_a_search_leaves(llama: TinyModel, tmp_path: Path) -> None:
-    targets = list(llama.target_modules)
-    settings = L2LRCConfig(target_ratio=0.7, rank_multiple=1, target_modules=targets, task_type="CAUSAL_LM")
-    model = get_peft_model(llama.make_model(), settings)
+SEARCHES = [
+    L2LRCConfig(target_ratio=0.7, rank_multiple=1, target_modules=["q_proj", "up_proj"], task_type="CAUSAL_LM"),
+    InRankConfig(
+        from_scratch=True,
+        init_r=2,
+        buffer_r=2,
+        target_modules=["q_proj", "up_proj"],
+        task_type="CAUSAL_LM",
+        warmup_steps=0,
+        check_interval=1,
+    ),
+]
+
+
+@pytest.mark.filterwarnings("ignore:The (search|growth) of adapter")  # it is a short one
+@pytest.mark.parametrize("settings", SEARCHES, ids=lambda settings: settings.peft_type.value)
+def test_what_a_search_leaves(settings: PeftConfig, llama: TinyModel, tmp_path: Path) -> None:
+    model = get_peft_model(llama.make_model(), copy.deepcopy(settings))
     with pytest.raises(RuntimeError, match=r"base_model\.finalize\(\)"):
         save_compressed(model, tmp_path / "early")
-    model.base_model.resolve_schedule(2)
+    model.base_model.resolve_schedule(4)
     optimizer = adam(model)
-    steps_by_hand(model, llama, 1, 2, optimizer)
-    with pytest.warns(UserWarning, match="before it reached"):
-        model.base_model.finalize(optimizer)
-    model.get_base_model().save_pretrained(tmp_path)
+    steps_by_hand(model, llama, 1, 4, optimizer)
+    model.base_model.finalize(optimizer)
+    plain = model.get_base_model()
+    assert low_rank_modules(plain)
+    plain.save_pretrained(tmp_path)
     assert torch.equal(logits(load_compressed(tmp_path), llama), logits(model, llama))
-    assert read_compressed(tmp_path).facts["method"] == "L2LRC"
+    assert read_compressed(tmp_path).facts["method"] == settings.peft_type.value
 
 
 def test_quantized_factors(llama: TinyModel, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from ..growing import (
     rebuild_data_parallel,
     remember_optimizers,
 )
+from ..lowrank.entry import record_compression
 from ..lowrank.linear import LowRankLinear
 from ..salientlora.checkpoint import exact_pattern
 from ..shrinking import Replacement, replace_parameters, unwrap_optimizer
@@ -313,6 +314,8 @@ class InRankTraining(AdaptiveRankTuner):
             module = self._compressed[name] = layer.compressed(layer.active_adapters[0])
             setattr(self.model.get_submodule(parent), child, module)
         self._layers.clear()
+        # `save_pretrained` of the plain model writes it completely
+        record_compression(self.model, self.peft_config[self.active_adapters[0]])
 
     @property
     def allocation_finished(self) -> bool:
