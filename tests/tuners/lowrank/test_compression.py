@@ -59,7 +59,7 @@ def recorded(tiny: TinyModel) -> dict[str, np.ndarray]:
 # --- decompositions ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt2", "bert", "t5"])
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize("decomposition", WEIGHTED)
 def test_every_decomposition_is_what_decompose_gives(name: str, decomposition: str, tmp_path: Any) -> None:
     tiny = TINY_MODELS[name]

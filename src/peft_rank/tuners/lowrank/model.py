@@ -24,7 +24,7 @@ from ..salientlora.checkpoint import exact_pattern, plain_name
 from .config import CompressionConfig, LowRankConfig
 from .entry import record_compression
 from .layer import FactorizedLinear
-from .plan import check_target, check_untied, choose_ranks, empty_factors, factorize
+from .plan import check_target, check_untied, choose_ranks, device_of, empty_factors, factorize
 
 
 @dataclass
@@ -204,10 +204,15 @@ class LowRankModel(CompressionTuner):
         factors = injection.factors.pop(_uncompiled(current_key), None)
         if factors is None:
             return  # stays dense
-        layer = target
+        layer, device = target, device_of(target)
         if not isinstance(target, FactorizedLinear):
             layer = FactorizedLinear(target)
             self._replace_module(parent, target_name, layer, target)
+        if config.offload_dense:
+            # before its factors come: the two of all modules together may not fit
+            layer.offload()
+        if not factors.down.is_meta:
+            factors = Factors(*(factor.to(device) for factor in factors))
         layer.update_layer(
             adapter_name,
             factors,
@@ -215,8 +220,6 @@ class LowRankModel(CompressionTuner):
             awaited=config.factors_saved or factors.down.is_meta,
             inference_mode=config.inference_mode,
         )
-        if config.offload_dense:
-            layer.offload()
 
     def _factors(self, config: LowRankConfig, injection: _Injection) -> dict[str, Factors]:
         """Factors of all modules that do not stay dense."""
@@ -233,8 +236,8 @@ class LowRankModel(CompressionTuner):
                 stacklevel=2,
             )
         if config.factors_saved or injection.meta:
-            meta = torch.device("meta") if injection.meta else None
-            return {name: empty_factors(rank, modules[name], meta) for name, rank in ranks.items()}
+            device = torch.device("meta" if injection.meta else "cpu")
+            return {name: empty_factors(rank, modules[name], device) for name, rank in ranks.items()}
         return factorize(ranks, modules, self.model, config)
 
 

@@ -194,8 +194,8 @@ def choose_ranks(
 def factorize(
     ranks: Mapping[str, int], modules: Mapping[str, nn.Module], model: nn.Module, config: CompressionConfig
 ) -> dict[str, Factors]:
-    """The factors of every module, in the dtype and on the device of its weight; matrix by matrix, on a CUDA device if
-    there is one."""
+    """The factors of every module, in the dtype of its weight, where it computes (on the CPU if there is to be no room
+    for both); decomposed matrix by matrix, on a CUDA device if there is one."""
     statistics = statistics_by_module(ranks, model, config)
     factors = {}
     for name, rank in tqdm(ranks.items(), desc="Decomposing", unit="module", delay=PROGRESS_AFTER):
@@ -206,16 +206,17 @@ def factorize(
             found = decompose(
                 weight.to(work_device(weight)), rank, config.decomposition, alpha=config.alpha, **statistics[name]
             )
-            factors[name] = Factors(*(factor.to(device_of(modules[name])) for factor in found))
+            device = torch.device("cpu") if config.offload_dense else device_of(modules[name])
+            factors[name] = Factors(*(factor.to(device) for factor in found))
     return factors
 
 
-def empty_factors(rank: int, module: nn.Module, device: torch.device | None = None) -> Factors:
+def empty_factors(rank: int, module: nn.Module, device: torch.device) -> Factors:
     """Factors that are still to be loaded: NaN, or on the meta device."""
     out_features, in_features = weight_shape("", module)
     sizes = (out_features, rank), (rank, in_features)
-    like = {"dtype": linear(module).weight.dtype, "device": device_of(module) if device is None else device}
-    return Factors(*(torch.full(size, torch.nan, **like) for size in sizes))
+    dtype = linear(module).weight.dtype
+    return Factors(*(torch.full(size, torch.nan, dtype=dtype, device=device) for size in sizes))
 
 
 @contextmanager
