@@ -29,7 +29,7 @@ import torch
 from _common import Deadline, argument_parser, store, synchronize
 from compression_quality import linears, perplexity, read_text, windows
 from peft import get_peft_model
-from torch import Tensor, nn
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_rank import (
