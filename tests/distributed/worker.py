@@ -14,6 +14,7 @@ import json
 import os
 import shutil
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
-from peft_rank import RankAllocationCallback, SalientLoRAConfig, export_lora, get_rank_pattern
+from peft_rank import InRankConfig, RankAllocationCallback, SalientLoRAConfig, export_lora, get_rank_pattern
 from tiny_models import TINY_MODELS, training_arguments
 
 
@@ -77,6 +78,27 @@ def make_model(seed: int, **config: Any) -> PeftModel:
     return model
 
 
+def make_inrank(seed: int, **config: Any) -> PeftModel:
+    """Ranks that grow until step 12 of 20, then are cut."""
+    torch.manual_seed(seed)
+    settings = {
+        "init_r": 1,
+        "buffer_r": 1,
+        "max_r": 12,
+        "explained_ratio": 0.95,
+        "warmup_steps": 2,
+        "check_interval": 3,
+        "growth_steps": 12,
+        "init_weights": False,
+        "target_modules": list(LLAMA.target_modules),
+        "task_type": LLAMA.task_type,
+        **config,
+    }
+    # a base that is replaced may start anywhere
+    base = LLAMA.make_model(seed=seed if settings.get("from_scratch") else 0, use_cache=False)
+    return get_peft_model(base, InRankConfig(**settings))
+
+
 def prepare_deepspeed() -> None:
     import deepspeed
     from deepspeed.accelerator import get_accelerator
@@ -115,6 +137,7 @@ def train(
     times: int = 1,
     arguments: dict[str, Any] | None = None,
     config: dict[str, Any] | None = None,
+    method: str = "salientlora",
 ) -> None:
     """
     One training.
@@ -129,7 +152,8 @@ def train(
         seed: Of the adapter's initial weights.
         times: How often to call `train()`.
         arguments: Further fields of `TrainingArguments`.
-        config: Further fields of `SalientLoRAConfig`.
+        config: Further fields of the configuration.
+        method: `"salientlora"` or `"inrank"`.
     """
     output, processes = folder / name, int(os.environ.get("WORLD_SIZE", "1"))
     args = training_arguments(
@@ -146,7 +170,7 @@ def train(
         },
     )
     if adapter is None:
-        model = make_model(seed, **(config or {}))
+        model = (make_inrank if method == "inrank" else make_model)(seed, **(config or {}))
     else:
         model = PeftModel.from_pretrained(LLAMA.make_model(use_cache=False), folder / adapter, is_trainable=True)
     checkpoint = None
@@ -171,14 +195,15 @@ def report(trainer: Trainer, watch: Watch, output: Path) -> dict[str, Any]:
         get_peft_model_state_dict(model)
     except RuntimeError as error:
         refusal = str(error)
-    if refusal is None and trainer.is_world_process_zero():
+    tuner = model.base_model
+    salient = tuner.prefix == "salientlora_"
+    if salient and refusal is None and trainer.is_world_process_zero():
         export_lora(model, output / "lora")
     engine.eval()
     batch = LLAMA.make_batch(**HELD_OUT)
     with torch.no_grad():
         logits = engine(**batch).logits
-    tuner = model.base_model
-    with tuner._gathered("default"):
+    with tuner._gathered("default") if salient else nullcontext():
         factors = {
             f"{name}.{attribute}": getattr(layer, attribute)["default"].detach().clone()
             for name, layer in tuner.adapter_layers("default").items()

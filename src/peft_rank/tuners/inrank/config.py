@@ -212,6 +212,8 @@ class InRankConfig(AdaptedModulesConfig):
             check_number("growth_ratio", self.growth_ratio, lambda value: 0 < value <= 1, "in (0, 1]")
 
     def _check_from_scratch(self) -> None:
+        for name, rank in self.rank_pattern.items():
+            check_int(f"rank_pattern[{name!r}]", rank, 1)
         for name, value, only in (
             ("lora_alpha", self.lora_alpha, float(self.init_r)),
             ("lora_dropout", self.lora_dropout, 0.0),

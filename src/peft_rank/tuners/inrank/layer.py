@@ -241,8 +241,9 @@ class InRankFactors(InRankLinear):
         self._free_weight()
 
     def _free_weight(self) -> None:
-        weight = self.base_layer.weight
-        self.base_layer.weight = nn.Parameter(weight.new_empty(0), requires_grad=False)
+        # of the same Parameter: a new one would be on the meta device while an adapter is made to be loaded
+        weight = self.base_layer.weight.requires_grad_(False)
+        weight.data = weight.data.new_empty(0)
 
     @torch.no_grad()
     def reset_parameters(self, adapter_name: str, init_weights: bool) -> None:
@@ -271,7 +272,7 @@ class InRankFactors(InRankLinear):
         return torch.zeros(shape, dtype=self.base_layer.weight.dtype, device=A.device)
 
     def _store_base_weight(self, weight: Tensor) -> None:
-        self.base_layer.weight = nn.Parameter(weight, requires_grad=False)
+        self.base_layer.weight.data = weight
 
     def unmerge(self) -> None:
         super().unmerge()

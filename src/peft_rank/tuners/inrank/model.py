@@ -26,7 +26,7 @@ from .layer import InRankFactors, InRankLinear
 from .training import Clock, InRankTraining, rank_pattern
 
 
-class InRankModel(AdditiveTuner, InRankTraining):
+class InRankModel(InRankTraining, AdditiveTuner):
     """
     Adds a product B A to the weights of a model, or puts it in their place, and lets its rank grow with the spectrum of
     the product while it trains (InRank, 2023, https://huggingface.co/papers/2306.11250).

@@ -14,6 +14,7 @@ from weakref import WeakKeyDictionary
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
@@ -308,12 +309,20 @@ class InRankTraining(AdaptiveRankTuner):
         self._fix_ranks(name, optimizer)
 
     def _compress(self, factors: Mapping[str, InRankFactors]) -> None:
-        """Let two plain linears take the place of each of our layers."""
+        """Make the model a plain one, with two linears in the place of each of our layers."""
         for name, layer in factors.items():
             parent, _, child = name.rpartition(".")
             module = self._compressed[name] = layer.compressed(layer.active_adapters[0])
             setattr(self.model.get_submodule(parent), child, module)
+        for name, wrapper in list(self.model.named_modules()):
+            if isinstance(wrapper, AuxiliaryTrainingWrapper):
+                parent, _, child = name.rpartition(".")
+                plain = wrapper.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
+                setattr(self.model.get_submodule(parent), child, plain)
         self._layers.clear()
+        # a plain model, which another adapter may wrap
+        if "peft_config" in vars(self.model):
+            del self.model.peft_config
         # `save_pretrained` of the plain model writes it completely
         record_compression(self.model, self.peft_config[self.active_adapters[0]])
 
