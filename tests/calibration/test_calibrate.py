@@ -406,6 +406,39 @@ def test_one_module_called_twice_with_one_tensor() -> None:
     assert_near(fisher.for_module("first")["weight_importance"], gradient**2)
 
 
+class Mixing(nn.Module):
+    """One loss a sample, but a module that is called twice, and one whose input is the same for all samples."""
+
+    def __init__(self, how: str) -> None:
+        super().__init__()
+        self.first, self.positions = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.register_buffer("table", torch.randn(1, 8, 4))
+        self.how = how
+
+    def forward(self, x: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        y = self.first(x).tanh() + self.positions(self.table if self.how == "table" else x)
+        if self.how == "twice":
+            y = self.first(y)
+        return {"loss": (y.square().mean((1, 2)) - labels).square().mean()}
+
+
+@pytest.mark.parametrize(("how", "sizes"), [("table", [4, 1, 1, 1, 1]), ("twice", [4, 1, 1, 1, 1]), ("neither", [4])])
+def test_modules_that_mix_samples_are_run_one_by_one(how: str, sizes: list[int]) -> None:
+    model, batch = Mixing(how), {"x": torch.randn(4, 8, 4), "labels": torch.randn(4)}
+    expected = {name: torch.zeros(4, 4) for name in ("first", "positions")}
+    for i in range(4):
+        model.zero_grad()
+        model(**rows(batch, i, i + 1))["loss"].backward()
+        for name, total in expected.items():
+            total += model.get_submodule(name).weight.grad.square() / 4
+    seen = _forwards(model)
+    statistics = collect(model, [batch], Config(target_modules=["first", "positions"], decomposition="fisher"))
+    assert seen == sizes
+    assert statistics.samples == 4
+    for name, total in expected.items():
+        assert_near(statistics.for_module(name)["weight_importance"], total)
+
+
 # --- memory, devices --------------------------------------------------------------------------------------------------
 
 
