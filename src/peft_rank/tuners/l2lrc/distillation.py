@@ -29,22 +29,23 @@ class Distillation:
     One model's distillation.
 
     Args:
-        model (`transformers.PreTrainedModel`): The model, whose backbone returns the final hidden states.
+        model (`transformers.PreTrainedModel`): The model. Its final hidden states are what the head of a language model
+            gets, and what the encoder, or else the backbone, of another one returns.
         layers (`list[SearchLayer]`): The layers to switch off for the dense pass.
         weight (`float`): Of the distance.
         pretraining_weight (`float`): Of the gradient that comes from the model's own loss.
 
     Raises:
-        ValueError: If the model has no backbone of transformers' kind.
+        ValueError: If the model is not of transformers' kind.
     """
 
     def __init__(self, model: nn.Module, layers: list[SearchLayer], weight: float, pretraining_weight: float) -> None:
-        backbone = _backbone(model)
-        if backbone is None:
+        if not isinstance(model, PreTrainedModel):
             raise ValueError(
-                f"`distillation_weight={weight}` needs a transformers model with a backbone and a head, got "
-                f"{type(model).__name__}. Set `distillation_weight=0`, which learns from the model's loss alone."
+                f"`distillation_weight={weight}` needs a transformers model, got {type(model).__name__}. Set "
+                "`distillation_weight=0`, which learns from the model's loss alone."
             )
+        head = model.get_output_embeddings()
         self.model, self.layers, self.weight, self.pretraining_weight = model, layers, weight, pretraining_weight
         self.dense: Tensor | None = None
         self.tokens: Tensor | None = None
@@ -53,7 +54,9 @@ class Distillation:
         self.scale: Tensor | None = None
         self.distance: Tensor | None = None
         self._handles = [
-            backbone.register_forward_hook(self._take_hidden),
+            _encoder(model).register_forward_hook(self._take_output)
+            if head is None
+            else head.register_forward_pre_hook(self._take_input),
             model.register_forward_hook(self._take_loss),
         ]
         self._state = "idle"
@@ -72,19 +75,31 @@ class Distillation:
             self.model(*args, **kwargs)
             self._state = "training"
 
-    def _take_hidden(self, module: nn.Module, args: tuple, output: Any) -> Any:
-        state = self._state
-        if state == "dense":
-            self.dense = output[0].detach()
-        elif state == "training":
-            self._state = "loss"
-            hidden = _AddDistance.apply(output[0], self)
-            if isinstance(output, tuple):
-                return (hidden, *output[1:])
-            output[next(iter(output))] = hidden
+    def _take_input(self, module: nn.Module, args: tuple) -> tuple:
+        return (self._take_hidden(args[0]), *args[1:])
+
+    def _take_output(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        old, new = output[0], self._take_hidden(output[0])
+        if isinstance(output, tuple):
+            return _replaced(output, old, new)
+        for key, value in list(output.items()):
+            output[key] = _replaced(value, old, new)
         return output
 
+    def _take_hidden(self, hidden: Tensor) -> Tensor:
+        if self._state == "dense":
+            self.dense = hidden.detach()
+        elif self._state == "training":
+            self._state = "loss"
+            return _AddDistance.apply(hidden, self)
+        return hidden
+
     def _take_loss(self, module: nn.Module, args: tuple, output: Any) -> Any:
+        if self._state == "training":
+            raise RuntimeError(
+                f"{type(self.model).__name__} does not use its head, so that its final hidden states are not known. Set "
+                "`distillation_weight=0`, which learns from the model's loss alone."
+            )
         if self._state != "loss":
             return output
         self._state = "idle"
@@ -143,13 +158,18 @@ class _TakeScale(Function):
         return grad_output, None
 
 
-def _backbone(model: nn.Module) -> nn.Module | None:
-    """What returns the final hidden states first."""
-    if not isinstance(model, PreTrainedModel):
-        return None
+def _encoder(model: PreTrainedModel) -> nn.Module:
+    """What returns the final hidden states of a model without a language model's head; its pooler may come after."""
     if model.config.is_encoder_decoder:
         return model.get_decoder()
-    return None if model.base_model is model else model.base_model
+    return dict(model.base_model.named_children()).get("encoder", model.base_model)
+
+
+def _replaced(value: Any, old: Tensor, new: Tensor) -> Any:
+    """The value with the new tensor wherever the old one is: DeBERTa goes on with the last of all hidden states."""
+    if isinstance(value, tuple):
+        return tuple(_replaced(item, old, new) for item in value)
+    return new if value is old else value
 
 
 def _real_tokens(model: PreTrainedModel, kwargs: dict[str, Any]) -> Tensor | None:

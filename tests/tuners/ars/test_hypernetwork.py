@@ -1,0 +1,161 @@
+# Copyright 2026 The peft_rank authors. Licensed under the Apache License, Version 2.0.
+"""The hypernetworks with recorded parameters, the losses on top of them, and the tuner's own loss written out."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from peft_rank import AdaptiveRankSVDConfig
+from peft_rank.allocation.masks import alignment_loss, compression_loss, gumbel_mask, uniform_noise
+from peft_rank.tuners.ars.hypernetwork import Hypernetwork, PerLayerHypernetwork, apply_heads
+from searches import searched
+from tiny_models import TINY_MODELS, TinyModel
+
+
+GOLDEN = Path(__file__).parents[2] / "golden" / "ars"
+
+
+def _load(name: str, network: nn.Module) -> dict[str, Tensor]:
+    archive = np.load(GOLDEN / f"{name}.npz")
+    golden = {key: torch.as_tensor(archive[key]) for key in archive.files}
+    parameters = {key[2:].replace("__", "."): value for key, value in golden.items() if key.startswith("p_")}
+    network.load_state_dict(parameters)
+    return golden
+
+
+def test_the_released_network_of_a_layer() -> None:
+    network = PerLayerHypernetwork(12)
+    golden = _load("hypernet_main_n12", network)
+    torch.testing.assert_close(network().detach(), golden["logits_no_b"], rtol=1e-4, atol=1e-6)
+
+
+def _recorded() -> tuple[Hypernetwork, list[nn.Linear], dict[str, Tensor]]:
+    network = Hypernetwork(6)
+    golden = _load("hypernet_fix_L6", network)
+    heads = []
+    for j in range(6):
+        weight = golden[f"head_weight{j}"]
+        head = nn.Linear(weight.shape[1], weight.shape[0])
+        head.load_state_dict({"weight": weight, "bias": golden[f"head_bias{j}"]})
+        heads.append(head)
+    return network, heads, golden
+
+
+def test_the_shared_network_with_a_head_for_each_layer() -> None:
+    network, heads, golden = _recorded()
+    features = network()
+    torch.testing.assert_close(features.detach(), golden["hidden"], rtol=1e-4, atol=1e-6)
+    logits = [row + 3.0 for row in apply_heads(features, heads)]
+    for j, row in enumerate(logits):
+        torch.testing.assert_close(row.detach(), golden[f"logits{j}"], rtol=1e-4, atol=1e-5)
+        assert torch.equal(gumbel_mask(row, golden[f"U{j}"], 0.4)[1].detach(), golden[f"mask{j}"])
+
+
+def test_losses_and_gradients_through_the_shared_network() -> None:
+    """16 R + 10 R_align, as released: the mean over ranks, and a target of 0.4."""
+    network, heads, golden = _recorded()
+    logits = [row + 3.0 for row in apply_heads(network(), heads)]
+    masks = [gumbel_mask(row, golden[f"U{j}"], 0.4)[1] for j, row in enumerate(logits)]
+    align = sum(alignment_loss(mask, golden[f"E{j}"], reference=True) for j, mask in enumerate(masks)) / 6
+    assert float(align.detach()) == pytest.approx(float(golden["r_align"]), rel=1e-4)
+    # not in the file: (out, in) of the six layers, by the ranks of their heads and the compression that is in it
+    shapes = _shapes(masks, float(golden["R_loss_p0.4"]))
+    kept = sum(mask.sum() * sum(shape) for mask, shape in zip(masks, shapes, strict=True))
+    loss = compression_loss(kept / sum(m * n for m, n in shapes), 0.4)
+    assert float(loss.detach()) == pytest.approx(float(golden["R_loss_p0.4"]), rel=1e-4)
+    (16 * loss + 10 * align).backward()
+    for name, parameter in network.named_parameters():
+        expected = golden[f"grad_16R_10align__{name.replace('.', '__')}"]
+        torch.testing.assert_close(parameter.grad, expected, rtol=1e-3, atol=1e-5)
+    for j, head in enumerate(heads):
+        torch.testing.assert_close(head.weight.grad, golden[f"grad_16R_10align__head_weight{j}"], rtol=1e-3, atol=1e-5)
+
+
+def _shapes(masks: list[Tensor], value: float) -> list[tuple[int, int]]:
+    import itertools
+    import math
+
+    sides = (24, 48, 64, 96)
+    counts = [float(mask.detach().sum()) for mask in masks]
+    options = {k: [(m, n) for m in sides for n in sides if min(m, n) == k] for k in (24, 48, 64)}
+    for choice in itertools.product(*(options[len(mask)] for mask in masks)):
+        kept = sum(count * sum(shape) for count, shape in zip(counts, choice, strict=True))
+        if abs(math.log(kept / sum(m * n for m, n in choice) / 0.4) - value) < 1e-6:
+            return list(choice)
+    raise LookupError("no shapes fit")
+
+
+def test_everything_is_float32_under_autocast() -> None:
+    network, heads = Hypernetwork(3), [nn.Linear(128, 4), nn.Linear(128, 6), nn.Linear(128, 4)]
+    plain = apply_heads(network(), heads)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for row, expected in zip(apply_heads(network(), heads), plain, strict=True):
+            assert torch.equal(row, expected)
+        assert PerLayerHypernetwork(3)().dtype == torch.float32
+    for head, row, features in zip(heads, plain, network(), strict=True):
+        torch.testing.assert_close(row, head(features))
+
+
+@pytest.mark.parametrize("method", ["ars", "ars-per-layer"])
+def test_the_tuners_loss(method: str, llama: TinyModel) -> None:
+    """lambda log(max(T, p) / p) + gamma / L sum ||(m - m') s||^2, with T capped at the dense weights."""
+    model = searched(method, llama, compression_weight=7.0, alignment_weight=3.0, target_ratio=0.3)
+    tuner = model.base_model
+    logits = tuner.mask_logits("default").detach()
+    assert logits.shape == (14, 32)
+    assert float(logits[torch.isfinite(logits)].mean()) == pytest.approx(3.0, abs=0.3)
+    hard = (torch.rand(14, 32) < 0.5).float() * torch.isfinite(logits)
+    layers = list(tuner.adapter_layers("default").values())
+    kept, dense, align = 0.0, 0, 0.0
+    for row, layer in zip(hard, layers, strict=True):
+        m, n = layer.shape
+        count = int(row.sum())
+        kept, dense = kept + min(count * (m + n), m * n), dense + m * n
+        values = np.linalg.svd(layer.base_layer.weight.detach().numpy(), compute_uv=False)
+        mask = row[: min(m, n)].numpy()
+        prefix = (np.arange(min(m, n)) < count).astype(float)
+        align += (((mask - prefix) * values) ** 2).sum() / (values**2).sum()
+    expected = 7.0 * np.log(max(kept / dense, 0.3) / 0.3) + 3.0 * align / 14
+    assert float(tuner.regularizer("default", logits, hard)) == pytest.approx(expected, rel=1e-4)
+
+
+def test_its_gradient_is_added_to_the_networks(llama: TinyModel) -> None:
+    model = searched("ars", llama)
+    tuner, name = model.base_model, "default"
+    model(**llama.make_batch(4)).loss.backward()
+    before = [p.grad.clone() for p in tuner.mask_parameters(name)]
+    logits = tuner.mask_logits(name)
+    _, hard = gumbel_mask(logits, uniform_noise(logits.shape, 0, 0), 0.4)
+    wanted = torch.autograd.grad(tuner.regularizer(name, logits, hard), tuner.mask_parameters(name))
+    tuner.add_regularization_gradient()
+    for parameter, old, added in zip(tuner.mask_parameters(name), before, wanted, strict=True):
+        torch.testing.assert_close(parameter.grad, old + added)
+
+
+def test_modules_of_different_rank_share_one_network() -> None:
+    model = searched("ars", TINY_MODELS["llama"])
+    sizes = [head.out_features for head in model.base_model._heads("default")]
+    assert set(sizes) == {16, 32}
+    logits = model.base_model.mask_logits("default")
+    assert [int(torch.isfinite(row).sum()) for row in logits] == sizes
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"hypernetwork": "own"}, "`hypernetwork='own'` must be 'shared' or 'per_layer'"),
+        ({"mask_bias": float("nan")}, "`mask_bias=nan` must be a number that is finite"),
+        ({"alignment_weight": -1.0}, "`alignment_weight=-1.0` must be a number of 0 or more"),
+    ],
+)
+def test_wrong_settings(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        AdaptiveRankSVDConfig(**settings)
+
+
+def test_the_papers_settings_are_the_defaults() -> None:
+    config = AdaptiveRankSVDConfig()
+    assert (config.tau, config.mask_bias, config.compression_weight, config.alignment_weight) == (0.4, 3.0, 16.0, 10.0)
