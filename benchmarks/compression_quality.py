@@ -36,7 +36,7 @@ from peft_rank.decomposition import ITERATIVE, STATISTIC, Factors, decompose, we
 from peft_rank.tuners.lowrank import LowRankLinear
 
 
-ALLOCATIONS = ("uniform", "spectral")
+ALLOCATIONS = ("uniform", "spectral", "relative")  # relative: spectral, every module's loss as a part of its own whole
 RANK_MULTIPLE = 8
 BATCH = 8
 
@@ -145,7 +145,8 @@ def measure(
             if allocation == "uniform":
                 found = uniform_ranks(shapes, budget, rank_multiple=RANK_MULTIPLE)
             else:
-                found = spectral_ranks(spectra, shapes, budget, rank_multiple=RANK_MULTIPLE)
+                compared = [s / s.norm() for s in spectra] if allocation == "relative" else spectra
+                found = spectral_ranks(compared, shapes, budget, rank_multiple=RANK_MULTIPLE)
             ranks = {name: rank for name, rank in zip(weights, found, strict=True) if rank is not None}
             factors = in_parallel(
                 lambda name, method=method, given=given, ranks=ranks: decompose(
@@ -169,7 +170,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="causal language model, a directory or a name on the Hub")
     parser.add_argument("--data", type=Path, help="folder of <split>.jsonl.gz; the Hub's WikiText-2 by default")
     parser.add_argument("--decompositions", nargs="+", default=methods, choices=methods)
-    parser.add_argument("--allocations", nargs="+", default=list(ALLOCATIONS), choices=list(ALLOCATIONS))
+    parser.add_argument("--allocations", nargs="+", default=["uniform", "spectral"], choices=ALLOCATIONS)
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.95, 0.9, 0.8])
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--test-tokens", type=int, default=20_480)

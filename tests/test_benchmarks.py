@@ -153,6 +153,12 @@ def test_quality_is_cut_short_and_tabled(
     quality: ModuleType, llama: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, ids = llama.make_model().eval(), llama.make_batch(4)["input_ids"]
+    args = quality.parse(
+        ["--model", "tiny", "--allocations", "relative", "--ratios", "0.7", "--decompositions", "svd"]
+    )
+    relative = list(quality.measure(model, ids, quality.Calibration(model, ids), args))[1]
+    assert relative["allocation"] == "relative"
+    assert 0.6 < relative["kept"] <= 0.7
     args = quality.parse(["--model", "tiny", "--seconds", "0", "--decompositions", "svd", "whitening"])
     rows = list(quality.measure(model, ids, quality.Calibration(model, ids), args))
     assert len(rows) == 1 + 2 * 6
