@@ -149,7 +149,7 @@ class _TakeScale(Function):
     @staticmethod
     def forward(ctx: Any, loss: Tensor, distillation: Distillation) -> Tensor:
         ctx.distillation = distillation
-        return loss.view_as(loss)
+        return loss.clone()  # the Trainer scales it in place
 
     @staticmethod
     @once_differentiable
