@@ -33,8 +33,6 @@ class SearchLayer(nn.Module, RankLayer):
             dense.
     """
 
-    other_param_names = ("factors",)
-
     def __init__(
         self, base_layer: nn.Module, adapter_name: str, factors: SearchFactors | LowRankLinear | None
     ) -> None:

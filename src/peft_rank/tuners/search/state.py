@@ -70,11 +70,11 @@ class SearchState:
         self.snapshots: dict[float, Selection] = {}
 
     def _budget(self, ratio: float) -> int:
+        # with fixed ranks, the ratio that comes to the same among what is left
+        dense = sum(self.dense) + self.others
+        inner = ratio if dense == self.total else ratio * self.total / dense
         try:
-            # the ratio of what is counted here: without fixed ranks it is the same
-            return parameter_budget(
-                self.shapes, ratio * self.total / (sum(self.dense) + self.others), others=self.others
-            )
+            return parameter_budget(self.shapes, inner, others=self.others)
         except ValueError as error:
             raise ValueError(str(error).replace("`ratio", "`target_ratio")) from error
 

@@ -75,6 +75,10 @@ class RankSearchTraining(AdaptiveRankTuner):
             if name in self._states and any(p.requires_grad for p in self.mask_parameters(name))
         ]
 
+    def delete_adapter(self, adapter_name: str) -> None:
+        super().delete_adapter(adapter_name)
+        self._states.pop(adapter_name, None)
+
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         # with the hook that prepares the layers, which also serves `generate`; the base class goes around it
         return self.model(*args, **kwargs)
@@ -82,8 +86,12 @@ class RankSearchTraining(AdaptiveRankTuner):
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         """Draw the masks of the step, or select the ranks that would be kept."""
         for name in self.active_adapters:
+            if name not in self._states:
+                continue
             layers = self.searching_layers(name)
-            if name not in self._states or next(iter(layers.values())).disable_adapters:
+            first = next(iter(layers.values()))
+            # transformers deletes and switches adapters without telling the tuner
+            if first.disable_adapters or name not in first.active_adapters:
                 continue
             if module.training:
                 self._begin_step(name, layers)
