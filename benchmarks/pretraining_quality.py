@@ -89,6 +89,7 @@ class Training:
                 args.targets,
                 explained_ratio=float(method.removeprefix("inrank")),
                 buffer_r=args.buffer,
+                max_r=args.max_rank,
                 warmup_steps=args.growth_warmup,
                 check_interval=args.check_interval,
                 growth_ratio=args.growth_ratio,
@@ -228,6 +229,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--targets", default="mlp", choices=list(TARGETS))
     add("--fixed-rank", type=int, default=128)
     add("--buffer", type=int, default=48)
+    add("--max-rank", type=int, default=152, help="largest width with InRank; 40 %% of the default model's ranks")
     add("--growth-warmup", type=int, default=200)
     add("--check-interval", type=int, default=50)
     add("--growth-ratio", type=float, default=0.25)

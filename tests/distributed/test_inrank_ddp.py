@@ -21,8 +21,10 @@ COMMON = {"method": "inrank", "arguments": ARGUMENTS}
 
 
 def scratch(run: dict) -> dict:
-    config = {"from_scratch": True, "init_weights": True}
-    return {**run, "name": f"{run['name']}-scratch", "config": config}
+    config = {"from_scratch": True, "init_weights": True, "explained_ratio": 1.0}
+    # a whole model amplifies rounding more than adapters do
+    arguments = {**run["arguments"], "learning_rate": 3e-3}
+    return {**run, "name": f"{run['name']}-scratch", "config": config, "arguments": arguments}
 
 
 ONE = {"name": "added", **COMMON}
@@ -56,9 +58,9 @@ def test_two_processes_train_what_one_trains(one: Callable, two: Callable, name:
     assert (both.seen["engine"], both.seen["processes"]) == ("DistributedDataParallel", 2)
     assert both.seen["totals"] == alone.seen["totals"][-len(both.seen["totals"]) :]
     assert both.seen["pattern"] == alone.seen["pattern"]
-    # all of a model amplifies rounding more than adapters do
-    assert alone.distance(both) < (1e-3 if "scratch" in name else 2e-5)
-    assert both.seen["eval_loss"] == pytest.approx(alone.seen["eval_loss"], abs=1e-5)
+    weights, loss = (1e-3, 1e-4) if "scratch" in name else (2e-5, 1e-5)
+    assert alone.distance(both) < weights
+    assert both.seen["eval_loss"] == pytest.approx(alone.seen["eval_loss"], abs=loss)
 
 
 def test_ranks_grow_several_times(one: Callable) -> None:

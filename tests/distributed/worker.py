@@ -85,7 +85,7 @@ def make_inrank(seed: int, **config: Any) -> PeftModel:
         "init_r": 1,
         "buffer_r": 1,
         "max_r": 12,
-        "explained_ratio": 0.95,
+        "explained_ratio": 0.999,
         "warmup_steps": 2,
         "check_interval": 3,
         "growth_steps": 12,

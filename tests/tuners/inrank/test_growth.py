@@ -4,15 +4,17 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from peft import get_peft_model
 from torch import nn
 from transformers.optimization import Adafactor
 
-from peft_rank import get_rank_pattern
+from peft_rank import InRankConfig, get_rank_pattern
 from peft_rank.allocation.growth import next_rank
 from runs import assert_close
 from runs_inrank import adam, adapted, factors, logits, steps_by_hand, widths
@@ -69,6 +71,27 @@ def test_the_released_rule(from_scratch: bool) -> None:
     for name, (rank, weight) in before.items():
         values = torch.linalg.svdvals(torch.tensor(weight))
         assert get_rank_pattern(model)[name] == next_rank(values, rank, 3, 12, 0.8, "variance", reference=True)
+
+
+@pytest.mark.parametrize("name", ["sequential", "flat", "shrink"])
+def test_the_released_layer(name: str) -> None:
+    """Weights that were scripted, and the ranks that the released layer had after each of its forward passes."""
+    data = np.load(Path(__file__).parents[2] / "golden" / "inrank" / f"{name}.npz")
+    down, up = torch.tensor(data["A"]), torch.tensor(data["B"])
+    for (threshold, init, buffer, warmup, gap), modes in list(zip(data["conf"], data["modes"], strict=True))[::30]:
+        steps = {"warmup_steps": int(warmup), "check_interval": int(gap)}
+        ranks = {"init_r": int(init), "buffer_r": int(buffer), "explained_ratio": threshold}
+        config = InRankConfig(
+            target_modules=["0"], from_scratch=True, reference=True, criterion="variance", **steps, **ranks
+        )
+        tuner = get_peft_model(nn.Sequential(nn.Linear(40, 32)), config).base_model
+        layer = tuner.model[0]
+        for step, expected in enumerate(modes, start=1):
+            width = layer.inrank_A["default"].shape[0]
+            layer.inrank_A["default"].data = down[step - 1, :width].clone()
+            layer.inrank_B["default"].data = up[step - 1, :, :width].clone()
+            tuner.update_and_allocate(step)
+            assert layer.rank("default") == expected
 
 
 @FORMS
