@@ -124,3 +124,8 @@ def test_keep_probability_of_padding_is_nothing() -> None:
 def test_too_small_a_target(ratio: float) -> None:
     with pytest.raises(ValueError, match=r"`target_ratio=.*must be in \[0\.0\d+, 1\].*rank 1"):
         _state(target_ratio=ratio, others=0)
+
+
+def test_a_search_that_diverged() -> None:
+    with pytest.raises(ValueError, match="NaN: the search diverged"):
+        _state().choose(_logits(0) * float("nan"), 0.7)

@@ -114,7 +114,12 @@ class SearchState:
         Args:
             logits (`Tensor`): (modules, K), padded with -inf.
             target (`float`): One of the config's ratios.
+
+        Raises:
+            ValueError: If a logit is NaN.
         """
+        if bool(logits.isnan().any()):
+            raise ValueError("Mask logits are NaN: the search diverged. Lower the learning rate.")
         counts = self.likely(logits).tolist()
         worth = F.softplus(logits.detach().double()).cpu()
         ordered = worth if self.prefix else worth.sort(dim=1, descending=True).values

@@ -35,9 +35,15 @@ class RankSearchTraining(AdaptiveRankTuner):
         self._compact: dict[str, list[str]] = {}
         # gradients of the regularizer with respect to the logits that the next backward adds, by adapter
         self._armed: dict[str, list[Tensor | None]] = {}
+        # logits after the last step, with their graph, for the next forward: by adapter, with what they were made from
+        self._fresh: dict[str, tuple[tuple, Tensor]] = {}
         # what the present selection was made from
         self._selected_from: tuple | None = None
         super().__init__(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # a copy has no part in the graph
+        return {**self.__dict__, "_fresh": {}}
 
     @abstractmethod
     def mask_parameters(self, adapter_name: str) -> list[nn.Parameter]:
@@ -99,7 +105,9 @@ class RankSearchTraining(AdaptiveRankTuner):
                 self._select_ranks()
 
     def _begin_step(self, name: str, layers: dict[str, SearchLayer]) -> None:
-        logits = self.mask_logits(name)
+        made_from, logits = self._fresh.pop(name, (None, None))
+        if not torch.is_grad_enabled() or made_from != self._values_of_now(name):
+            logits = self.mask_logits(name)
         if name in self._armed and torch.is_grad_enabled():
             logits = AddToGradient.apply(logits, self._armed, name, 0)
         soft, hard = self._draw(name, logits)
@@ -114,11 +122,15 @@ class RankSearchTraining(AdaptiveRankTuner):
         uniform = uniform_noise(logits.shape, state.seed, state.step, logits.device)
         return gumbel_mask(logits, uniform, self.peft_config[name].tau)
 
+    def _values_of_now(self, name: str) -> tuple:
+        """Changes whenever a mask parameter does."""
+        return tuple((id(p), p._version) for p in self.mask_parameters(name))
+
     @torch.no_grad()
     def _select_ranks(self) -> None:
         """Let every layer in search keep what it would keep if the search ended now."""
         for name, state in self._states.items():
-            key = (name, state.target, *((id(p), p._version) for p in self.mask_parameters(name)))
+            key = (name, state.target, *self._values_of_now(name))
             layers = list(self.searching_layers(name).values())
             if key == self._selected_from and all(layer._selected for layer in layers):
                 continue
@@ -191,7 +203,10 @@ class RankSearchTraining(AdaptiveRankTuner):
             if global_step <= state.step:
                 continue
             self._check_schedule(name)
-            reached = state.record(self.mask_logits(name), global_step)
+            with torch.enable_grad():
+                logits = self.mask_logits(name)
+            self._fresh[name] = self._values_of_now(name), logits
+            reached = state.record(logits.detach(), global_step)
             if reached is not None:
                 decided = True
                 self._write_snapshot(name, reached)
@@ -236,6 +251,7 @@ class RankSearchTraining(AdaptiveRankTuner):
             for layer, ranks in zip(self.searching_layers(name).values(), selection, strict=True):
                 layer.end_search(None if ranks is None else layer.factors.select(ranks, layer.base_layer.bias))
             del self._states[name]
+            self._fresh.clear()
             self._forget_masks(name)
         for name in [name for name in self.peft_config if name not in self._compact]:
             self.peft_config[name].write_ranks(
@@ -271,7 +287,7 @@ class RankSearchTraining(AdaptiveRankTuner):
             parent, _, child_name = _get_submodules(self.model, key)
             if layer.factors is not None:
                 self._compact[name].append(key)
-                layer.factors.requires_grad_(True).train(layer.training)
+                layer.factors.requires_grad_(self.peft_config[name].train_factors).train(layer.training)
             setattr(parent, child_name, layer.base_layer if layer.factors is None else layer.factors)
         for key, module in list(self.model.named_modules()):
             if isinstance(module, AuxiliaryTrainingWrapper):
