@@ -1,18 +1,15 @@
 # Copyright 2026 The peft_rank authors. Licensed under the Apache License, Version 2.0.
-"""What the benchmarks share: where and with what a figure was measured, how it is stored, and how a device is kept busy."""
+"""What the benchmarks share: where and with what a figure was measured, how it is stored, and what it is measured with."""
 
 from __future__ import annotations
 
 import argparse
 import datetime
-import functools
 import gc
 import json
 import platform
-import queue
 import time
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -72,33 +69,3 @@ def captured(call: Callable[[], Any], stream: torch.cuda.Stream | None = None) -
     finally:
         gc.enable()
     return graph.replay
-
-
-@functools.cache
-def _streams(count: int) -> list[torch.cuda.Stream]:
-    """The same at every call: the libraries keep a workspace for each stream that they have seen."""
-    return [torch.cuda.Stream() for _ in range(count)]
-
-
-def in_parallel(function: Callable[[Any], Any], items: Iterable[Any], workers: int) -> list[Any]:
-    """Results in the order of the items. Small decompositions wait for the host most of the time: on CUDA every thread
-    has a stream of its own, so that they fill the device together. One worker is a plain loop."""
-    items = list(items)
-    if workers == 1 or not torch.cuda.is_available():
-        return [function(item) for item in items]
-    torch.linalg.inv(torch.eye(2, device="cuda"))  # the library must not be loaded by two threads at once
-    torch.cuda.synchronize()
-    streams: queue.SimpleQueue[torch.cuda.Stream] = queue.SimpleQueue()
-    for stream in _streams(workers):
-        streams.put(stream)
-
-    def work(item: Any) -> Any:
-        stream = streams.get()
-        with torch.cuda.stream(stream):
-            result = function(item)
-            stream.synchronize()
-        streams.put(stream)
-        return result
-
-    with ThreadPoolExecutor(workers) as pool:
-        return list(pool.map(work, items))

@@ -23,12 +23,13 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from _common import Deadline, argument_parser, captured, in_parallel, store, synchronize
+from _common import Deadline, argument_parser, captured, store, synchronize
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
 from peft_rank.allocation.parameters import parameter_budget, uniform_ranks
 from peft_rank.decomposition import decompose
+from peft_rank.decomposition.parallel import WORKERS, in_parallel
 from peft_rank.tuners.lowrank import LowRankLinear
 
 
@@ -254,11 +255,12 @@ def input_grams(args: Namespace) -> dict[str, Tensor]:
 
 
 def decomposition(args: Namespace, rows: list[dict[str, Any]], keep: Callable[[], None]) -> None:
-    """Whitening with threads and plain SVD for a layer or two, then whitening of the whole model, one by one."""
+    """Some layers one weight after the other, by plain SVD and by whitening, then whitening of the whole model as the tuner
+    does it, several weights at a time."""
     grams, shapes = input_grams(args), linear_shapes(args.shape)
     ranks = layer_ranks(args.ranks, args.shape)
     warm = [torch.randn(shape, device=args.device) for shape in ((96, 160), (160, 96)) for _ in range(8)]
-    in_parallel(lambda weight: decompose(weight, 8, "whitening", input_gram=torch.eye(weight.shape[1])), warm, 4)
+    list(in_parallel(lambda w: decompose(w, 8, "whitening", input_gram=torch.eye(w.shape[1])), warm, WORKERS))
 
     def work(item: tuple[str, Tensor, str]) -> tuple[str, float]:
         name, weight, method = item
@@ -269,12 +271,13 @@ def decomposition(args: Namespace, rows: list[dict[str, Any]], keep: Callable[[]
         return name, time.perf_counter() - start
 
     deadline = Deadline(args.seconds)
-    for method, workers, layers in (("whitening", 4, 2), ("svd", 1, 1), ("whitening", 1, args.layers)):
+    parts = ("svd", 1, 1), ("whitening", 1, min(2, args.layers)), ("whitening", WORKERS, args.layers)
+    for method, workers, layers in parts:
         row = {"part": "decomposition", "method": method, "workers": workers, "model": args.ranks, "layers": 0}
         row |= {"seconds": 0.0, "seconds_by_linear": dict.fromkeys(LINEARS, 0.0)}
         rows.append(row)
-        group = layers if workers > 1 else 1
         while row["layers"] < layers and deadline.left() > 0:
+            group = min(layers - row["layers"], 8) if workers > 1 else 1
             items = [
                 (name, torch.randn(shape, device=args.device, dtype=torch.bfloat16) / shape[1] ** 0.5, method)
                 for _ in range(group)
@@ -283,7 +286,7 @@ def decomposition(args: Namespace, rows: list[dict[str, Any]], keep: Callable[[]
             synchronize()
             start = time.perf_counter()
             try:
-                found = in_parallel(work, items, workers)
+                found = list(in_parallel(work, items, workers))
             except RuntimeError as error:  # the others may do
                 row["error"] = str(error)[:300]
                 break

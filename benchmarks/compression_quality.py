@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _common import Deadline, argument_parser, in_parallel, store
+from _common import Deadline, argument_parser, store
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -33,10 +33,11 @@ from peft_rank import LowRankConfig, calibrate
 from peft_rank.allocation.parameters import parameter_budget, parameters, spectral_ranks, uniform_ranks
 from peft_rank.calibration.statistics import statistic_for
 from peft_rank.decomposition import ITERATIVE, STATISTIC, Factors, decompose, weighted_spectrum
+from peft_rank.decomposition.parallel import in_parallel
 from peft_rank.tuners.lowrank import LowRankLinear
 
 
-ALLOCATIONS = ("uniform", "spectral", "relative")  # relative: spectral, every module's loss as a part of its own whole
+ALLOCATIONS = ("uniform", "spectral", "absolute")  # absolute: spectral, with `spectral_loss="absolute"`
 RANK_MULTIPLE = 8
 BATCH = 8
 
@@ -131,10 +132,12 @@ def measure(
         start = time.perf_counter()
         if deadline.left() > 0:
             given = calibration.arguments_for(method)
-            spectra = in_parallel(
-                lambda name, method=method, given=given: weighted_spectrum(weights[name], method, **given[name]),
-                weights,
-                args.workers,
+            spectra = list(
+                in_parallel(
+                    lambda name, method=method, given=given: weighted_spectrum(weights[name], method, **given[name]),
+                    weights,
+                    args.workers,
+                )
             )
         for allocation, ratio in itertools.product(args.allocations, args.ratios):
             row: dict[str, Any] = {"decomposition": method, "allocation": allocation, "ratio": ratio}
@@ -145,7 +148,7 @@ def measure(
             if allocation == "uniform":
                 found = uniform_ranks(shapes, budget, rank_multiple=RANK_MULTIPLE)
             else:
-                compared = [s / s.norm() for s in spectra] if allocation == "relative" else spectra
+                compared = spectra if allocation == "absolute" else [s / s.norm() for s in spectra]
                 found = spectral_ranks(compared, shapes, budget, rank_multiple=RANK_MULTIPLE)
             ranks = {name: rank for name, rank in zip(weights, found, strict=True) if rank is not None}
             factors = in_parallel(

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import Deadline, argument_parser, captured, in_parallel, store
+from _common import Deadline, argument_parser, captured, store
 from _trainings import run_together
 from glue_quality import BATCH, TASKS, Data, score
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from peft_rank import LowRankConfig, calibrate
 from peft_rank.decomposition import Factors, decompose
+from peft_rank.decomposition.parallel import in_parallel
 from peft_rank.tuners.lowrank import LowRankLinear
 
 
@@ -163,12 +164,14 @@ def cells(
     for fifths, method in itertools.product(FIFTHS, args.methods):
         start = time.perf_counter()
         ranks = {name: max(1, round(min(weight.shape) * fifths / 5)) for name, weight in weights.items()}
-        factors = in_parallel(
-            lambda name, method=method, ranks=ranks: decompose(
-                weights[name], ranks[name], method, max_iterations=args.iterations, **given[method][name]
-            ),
-            weights,
-            args.workers,
+        factors = list(
+            in_parallel(
+                lambda name, method=method, ranks=ranks: decompose(
+                    weights[name], ranks[name], method, max_iterations=args.iterations, **given[method][name]
+                ),
+                weights,
+                args.workers,
+            )
         )
         kept = sum(rank * sum(weights[name].shape) for name, rank in ranks.items())
         row = {"task": data.name, "seed": seed, "method": method, "fifths": fifths}

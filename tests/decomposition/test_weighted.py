@@ -179,7 +179,10 @@ def test_weighted_svd_is_the_weight_rank_by_rank() -> None:
             nothing = torch.zeros_like(weight)
             size = weighted_error(nothing, term, method, **given).sqrt()
             torch.testing.assert_close(size, values[rank], rtol=1e-6, atol=1e-9)
-        assert weighted_svd(weight, method, rank=3, **given).values.shape == (3,)
+        leading = weighted_svd(weight, method, rank=3, **given)
+        torch.testing.assert_close(leading.up, up[:, :3])
+        torch.testing.assert_close(leading.down, down[:3])
+        assert torch.equal(leading.values, values), "what the others are worth comes with them"
     with pytest.raises(ValueError, match="`method` must be one of svd, .*got 'em', which has no singular values"):
         weighted_svd(weight, "em", **needed("em", statistics))
 

@@ -77,10 +77,10 @@ class Metric:
         return weight if self.columns is None else weight * self.columns
 
     def left_vectors(self, weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-        """The leading `rank` of U (out, rank) and S (rank,) of R W C, rank <= min(out, in)."""
+        """The leading `rank` of U (out, rank), rank <= k = min(out, in), and all of S (k,) of R W C."""
         if self.gram is None or weight.dtype == torch.float64:
             left, values, _ = thin_svd(self.apply(weight))
-            return left[:, :rank], values[:rank]
+            return left[:, :rank], values
         if weight.shape[0] <= weight.shape[1]:
             values, vectors = self._output_eigen(weight)
             left = vectors[:, -rank:].flip(1)
@@ -89,7 +89,7 @@ class Metric:
             values, vectors = symmetric_eigen(scaled.mT @ scaled)
             # what U S is, but orthonormal also where S is rounding
             left = torch.linalg.qr(scaled @ vectors[:, -rank:].flip(1)).Q
-        return left.to(weight.dtype), values[-rank:].flip(0).clamp(min=0).sqrt().to(weight.dtype)
+        return left.to(weight.dtype), values.flip(0).clamp(min=0).sqrt().to(weight.dtype)
 
     def values(self, weight: Tensor) -> Tensor:
         """S (k,) of R W C, float64."""
@@ -243,7 +243,7 @@ def make_metric(method: str, statistic: Tensor | None, alpha: float, damping: fl
 
 
 def split(weight: Tensor, metric: Metric, rank: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Best factors in a metric: `up` (out, rank), `down` (rank, in), and the singular values (rank,) without unit."""
+    """Best factors in a metric: `up` (out, rank), `down` (rank, in), and all singular values (k,) without unit."""
     left, values = metric.left_vectors(weight, rank)
     if metric.rows is None:
         return left, product(left.mT, weight), values

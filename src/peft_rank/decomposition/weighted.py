@@ -19,7 +19,8 @@ class WeightedSVD(NamedTuple):
     Attributes:
         up (`Tensor`): Shape (out, r): R^-1 U. Orthonormal columns unless the method is two-sided.
         down (`Tensor`): Shape (r, in): U^T R W, singular values included.
-        values (`Tensor`): Shape (r,), non-increasing: S, what each rank contributes to the weight in the metric.
+        values (`Tensor`): Shape (min(out, in),), non-increasing: S, what each rank contributes to the weight in the
+            metric; also those that were not asked for.
     """
 
     up: Tensor

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from typing import Any
 
@@ -14,7 +15,8 @@ from torch import nn
 
 from compressions import compressed, config, matrix, targets
 from peft_rank import LowRankConfig, calibrate, get_rank_pattern
-from peft_rank.decomposition import ITERATIVE, STATISTIC, decompose
+from peft_rank.allocation.parameters import parameter_budget, spectral_ranks
+from peft_rank.decomposition import ITERATIVE, STATISTIC, decompose, weighted_spectrum
 from peft_rank.tuners.lowrank import FactorizedLinear
 from runs import assert_close, logits
 from tiny_models import TINY_MODELS, TinyModel
@@ -186,15 +188,83 @@ def test_a_ratio_is_never_exceeded_and_nearly_met(tiny: TinyModel, scope: str, r
         assert kept > ratio * before - 2 * max(map(sum, shapes.values()))
 
 
-def test_a_spectral_budget_drops_less_than_a_uniform_one(tiny: TinyModel) -> None:
-    dropped = {}
-    for allocation in ("uniform", "spectral"):
-        ranks = get_rank_pattern(compressed(tiny, ratio=0.6, rank_multiple=1, allocation=allocation))
-        dropped[allocation] = sum(
-            (np.linalg.svd(matrix(module).double().numpy(), compute_uv=False)[ranks.get(name, 99) :] ** 2).sum()
-            for name, module in targets(tiny.make_model(), tiny).items()
+def tails(tiny: TinyModel, ranks: dict[str, int]) -> dict[str, tuple[float, float]]:
+    """Sums of the squared singular values beyond the rank of each target, and of all: by numpy."""
+    squares = {
+        name: np.linalg.svd(matrix(module).double().numpy(), compute_uv=False) ** 2
+        for name, module in targets(tiny.make_model(), tiny).items()
+    }
+    return {name: (values[ranks.get(name, 99) :].sum(), values.sum()) for name, values in squares.items()}
+
+
+def test_a_spectral_budget_drops_less_than_others(tiny: TinyModel) -> None:
+    """In the sum that it is told to look at: of what is dropped, or of the parts that this is of the modules."""
+    budgets = {"uniform": {}, "relative": {}, "absolute": {"spectral_loss": "absolute"}}
+    amount, part = {}, {}
+    for name, overrides in budgets.items():
+        allocation = "uniform" if name == "uniform" else "spectral"
+        model = compressed(tiny, ratio=0.6, rank_multiple=1, allocation=allocation, **overrides)
+        dropped = tails(tiny, get_rank_pattern(model)).values()
+        amount[name] = sum(tail for tail, _ in dropped)
+        part[name] = sum(tail / whole for tail, whole in dropped)
+    assert part["relative"] < part["uniform"]
+    assert part["relative"] <= part["absolute"] * (1 + 1e-9)
+    assert amount["absolute"] < amount["uniform"]
+    assert amount["absolute"] <= amount["relative"] * (1 + 1e-9)
+
+
+def test_a_relative_budget_does_not_depend_on_the_size_of_weights(llama: TinyModel) -> None:
+    base = llama.make_model()
+    ranks = {}
+    for factor in (1, 1000):
+        with torch.no_grad():
+            base.model.layers[0].mlp.up_proj.weight.mul_(factor)
+        for loss in ("relative", "absolute"):
+            made = config(llama, ratio=0.6, rank_multiple=1, allocation="spectral", spectral_loss=loss)
+            ranks[loss, factor] = get_rank_pattern(get_peft_model(copy.deepcopy(base), made))
+    assert ranks["relative", 1] == ranks["relative", 1000]
+    # there all that the budget can give goes to the large one
+    assert "model.layers.0.mlp.up_proj" in ranks["absolute", 1]
+    assert "model.layers.0.mlp.up_proj" not in ranks["absolute", 1000]
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2"])
+@pytest.mark.parametrize("decomposition", list(STATISTIC))
+def test_spectral_ranks_and_their_factors(name: str, decomposition: str) -> None:
+    tiny = TINY_MODELS[name]
+    made = config(tiny, decomposition=decomposition, ratio=0.6, rank_multiple=1, allocation="spectral")
+    if STATISTIC[decomposition]:
+        made.statistics = calibrate(tiny.make_model(), batches(tiny), config=made, progress=False)
+    dense = {key: matrix(module) for key, module in targets(tiny.make_model(), tiny).items()}
+    given = {key: made.statistics.for_module(key, decomposition) if made.statistics else {} for key in dense}
+    spectra = [weighted_spectrum(weight, decomposition, **given[key]) for key, weight in dense.items()]
+    shapes = [tuple(weight.shape) for weight in dense.values()]
+    biases = sum(m.bias.numel() for m in targets(tiny.make_model(), tiny).values() if m.bias is not None)
+    budget = parameter_budget(shapes, 0.6, others=biases)
+    expected = spectral_ranks([values / values.norm() for values in spectra], shapes, budget, rank_multiple=1)
+    model = get_peft_model(tiny.make_model(), made)
+    ranks = get_rank_pattern(model)
+    assert ranks == {key: rank for key, rank in zip(dense, expected, strict=True) if rank is not None}
+    for key, layer in layers(model).items():
+        up, down = layer.factors("default")
+        assert up.is_contiguous()
+        assert up.untyped_storage().nbytes() == up.nbytes, "nothing of higher ranks is kept"
+        assert down.untyped_storage().nbytes() == down.nbytes
+        alone = decompose(dense[key], ranks[key], decomposition, **given[key])
+        assert_close(layer.product("default"), alone.up @ alone.down, 1e-4)
+
+
+def test_a_spectral_budget_decomposes_every_weight_once(llama: TinyModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At scale decompositions are all that takes time."""
+    made = calibrated(llama, "whitening", ratio=0.6, rank_multiple=1, allocation="spectral")
+    calls = []
+    for name in ("eigh", "svd", "svdvals"):
+        exact = getattr(torch.linalg, name)
+        monkeypatch.setattr(
+            torch.linalg, name, lambda *args, exact=exact, **kwargs: calls.append(0) or exact(*args, **kwargs)
         )
-    assert dropped["spectral"] < dropped["uniform"]
+    get_peft_model(llama.make_model(), made)
+    assert len(calls) == len(targets(llama.make_model(), llama))
 
 
 def test_tied_weights_count_once_and_adapters_not_at_all() -> None:

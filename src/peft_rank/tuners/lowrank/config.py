@@ -134,8 +134,12 @@ class LowRankConfig(CompressionConfig):
     dense parameters.
 
     A rank given by `rank` or `rank_pattern` becomes the nearest multiple of `rank_multiple`, the higher one of two, if that
-    is given or is 64 by default; a rank below one multiple stays as it is. A module whose factors would not be smaller than its weight stays dense,
-    with its original weight, and counts as dense.
+    is given or is 64 by default; a rank below one multiple stays as it is. A module whose factors would not be smaller than
+    its weight stays dense, with its original weight, and counts as dense.
+
+    `allocation="spectral"` compares modules by the part of their whole that ranks drop. By the amount, which theory sums up,
+    the few modules of the largest outputs take the budget, and perplexity is worse than with uniform ranks: what a module
+    feeds is normalised or added to others of its size, so that the part is what is felt.
 
     Example:
 
@@ -174,12 +178,21 @@ class LowRankConfig(CompressionConfig):
             "drop the least, summed over the modules, in the metric of the decomposition."
         },
     )
+    spectral_loss: Literal["relative", "absolute"] = field(
+        default="relative",
+        metadata={
+            "help": "What `allocation='spectral'` sums up. 'relative': the part of its whole that each module drops. "
+            "'absolute': the amount, which favours modules of large outputs, and is worse than 'uniform' for language models."
+        },
+    )
 
     def __post_init__(self) -> None:
         self.peft_type = PeftType.LOWRANK
         super().__post_init__()
         if self.allocation not in ("uniform", "spectral"):
             raise ValueError(f"`allocation={self.allocation!r}` must be 'uniform' or 'spectral'.")
+        if self.spectral_loss not in ("relative", "absolute"):
+            raise ValueError(f"`spectral_loss={self.spectral_loss!r}` must be 'relative' or 'absolute'.")
         if self.rank is not None:
             check_int("rank", self.rank, 1)
         if self.ratio is not None:

@@ -226,7 +226,9 @@ class LowRankModel(CompressionTuner):
         modules = _targets(self.model, config, injection.ranks)
         kwargs = get_quantization_kwargs(self)
         shapes = {name: check_target(name, module, **kwargs) for name, module in modules.items()}
-        ranks = injection.ranks or choose_ranks(modules, shapes, self.model, config)
+        ranks, splits = injection.ranks, {}
+        if not ranks:
+            ranks, splits = choose_ranks(modules, shapes, self.model, config)
         ranks = {name: ranks[name] for name in modules if ranks[name] is not None}
         check_untied(ranks, modules, self.model)
         if not ranks and not config.factors_saved:
@@ -238,7 +240,7 @@ class LowRankModel(CompressionTuner):
         if config.factors_saved or injection.meta:
             device = torch.device("meta" if injection.meta else "cpu")
             return {name: empty_factors(rank, modules[name], device) for name, rank in ranks.items()}
-        return factorize(ranks, modules, self.model, config)
+        return factorize(ranks, modules, self.model, config, splits)
 
 
 def _uncompiled(name: str) -> str:

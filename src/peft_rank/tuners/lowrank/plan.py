@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -21,16 +21,21 @@ from ...allocation.parameters import (
     TILE,
     Shape,
     align_rank,
+    break_even,
     default_multiple,
     parameter_budget,
     spectral_ranks,
     uniform_ranks,
 )
 from ...calibration.targets import linear, weight_of, weight_shape
-from ...decomposition import STATISTIC, Factors, decompose, weighted_spectrum
+from ...decomposition import ITERATIVE, STATISTIC, Factors, decompose, weighted_spectrum, weighted_svd
+from ...decomposition.parallel import in_parallel, workers_within
+from ...decomposition.svd import balanced
 from .config import CompressionConfig, LowRankConfig
 from .layer import FactorizedLinear
 
+
+T = TypeVar("T")
 
 PROGRESS_AFTER = 5  # seconds
 
@@ -155,60 +160,138 @@ def statistics_by_module(
     return {name: config.statistics.for_module(name, config.decomposition) for name in names}
 
 
-def spectra(
-    modules: Mapping[str, nn.Module], statistics: Mapping[str, dict[str, Tensor]], config: CompressionConfig
-) -> list[Tensor]:
-    """Singular values of every weight in the metric of the decomposition, float64 on the CPU."""
-    values = []
-    for name, module in tqdm(modules.items(), desc="Spectra", unit="module", delay=PROGRESS_AFTER):
-        with dense_weight(module) as weight, naming(name):
-            weight = weight.to(work_device(weight))
-            values.append(
-                weighted_spectrum(weight, config.decomposition, alpha=config.alpha, **statistics[name]).cpu()
-            )
-    return values
+class Split(NamedTuple):
+    """
+    What a budget has to know of a weight.
+
+    Args:
+        values (`Tensor`): What every rank is worth in the metric of the decomposition, shape (min(out, in),), float64.
+        factors (`Factors`, *optional*): Of the highest rank whose factors are smaller than the weight; those of lower
+            ranks are their beginning. Iterative decompositions have none. All on the CPU.
+    """
+
+    values: Tensor
+    factors: Factors | None
+
+
+def split_weights(modules: Mapping[str, nn.Module], model: nn.Module, config: LowRankConfig) -> dict[str, Split]:
+    """Decompose every weight once, before its rank is known."""
+    statistics = statistics_by_module(modules, model, config)
+
+    def split(name: str, weight: Tensor) -> Split:
+        how = {"alpha": config.alpha, **statistics[name]}
+        if config.decomposition in ITERATIVE:
+            return Split(weighted_spectrum(weight, config.decomposition, **how).cpu(), None)
+        highest = max(1, break_even(tuple(weight.shape)))
+        up, down, values = weighted_svd(weight, config.decomposition, rank=highest, **how)
+        factors = (factor.to(weight.dtype).cpu() for factor in balanced(up, down))
+        return Split(values.double().cpu(), Factors(*factors))
+
+    return over_weights(split, modules, modules, statistics)
+
+
+def comparable(values: Tensor, config: LowRankConfig) -> Tensor:
+    """What ranks of different modules are compared by: of the loss, or of the part of the module's whole that it is."""
+    if config.spectral_loss == "absolute":
+        return values
+    return values / torch.linalg.vector_norm(values).clamp(min=torch.finfo(values.dtype).tiny)
 
 
 def choose_ranks(
     modules: Mapping[str, nn.Module], shapes: Mapping[str, Shape], model: nn.Module, config: LowRankConfig
-) -> dict[str, int | None]:
+) -> tuple[dict[str, int | None], dict[str, Split]]:
     """
-    A rank for every targeted module, None for those that stay dense.
+    A rank for every targeted module, None for those that stay dense, and what was split to choose them.
 
     Raises:
         ValueError: If `ratio` cannot be reached, or statistics are missing.
     """
     steps = multiples(modules, shapes, config)
     if config.ratio is None or config.factors_saved:
-        return given_ranks(shapes, steps, config)
+        return given_ranks(shapes, steps, config), {}
     sizes = list(shapes.values())
     budget = parameter_budget(sizes, config.ratio, others=uncompressed_parameters(modules, model, config))
+    splits: dict[str, Split] = {}
     if config.allocation == "uniform":
         ranks = uniform_ranks(sizes, budget, rank_multiple=steps)
     else:
-        statistics = statistics_by_module(modules, model, config)
-        ranks = spectral_ranks(spectra(modules, statistics, config), sizes, budget, rank_multiple=steps)
-    return dict(zip(shapes, ranks, strict=True))
+        splits = split_weights(modules, model, config)
+        spectra = [comparable(splits[name].values, config) for name in shapes]
+        ranks = spectral_ranks(spectra, sizes, budget, rank_multiple=steps)
+    return dict(zip(shapes, ranks, strict=True)), splits
 
 
 def factorize(
-    ranks: Mapping[str, int], modules: Mapping[str, nn.Module], model: nn.Module, config: CompressionConfig
+    ranks: Mapping[str, int],
+    modules: Mapping[str, nn.Module],
+    model: nn.Module,
+    config: CompressionConfig,
+    splits: dict[str, Split] | None = None,
 ) -> dict[str, Factors]:
-    """The factors of every module, in the dtype of its weight, where it computes (on the CPU if there is to be no room
-    for both); decomposed matrix by matrix, on a CUDA device if there is one."""
-    statistics = statistics_by_module(ranks, model, config)
+    """
+    The factors of every module, in the dtype of its weight.
+
+    Args:
+        ranks (`Mapping[str, int]`): By module name.
+        modules, model, config: What they are of.
+        splits (`dict[str, Split]`, *optional*): Decompositions that were made already; emptied.
+    """
     factors = {}
-    for name, rank in tqdm(ranks.items(), desc="Decomposing", unit="module", delay=PROGRESS_AFTER):
+    for name in list(splits or ()):
+        split = splits.pop(name)
+        if name in ranks and split.factors is not None:
+            up, down = split.factors
+            # copies: views would keep the ranks that are left out
+            up = up[:, : ranks[name]].clone(memory_format=torch.contiguous_format)
+            factors[name] = Factors(up, down[: ranks[name]].clone())
+    left = [name for name in ranks if name not in factors]
+    statistics = statistics_by_module(left, model, config)
+
+    def work(name: str, weight: Tensor) -> Factors:
+        if weight.is_meta:
+            return empty_factors(ranks[name], modules[name], weight.device)
+        found = decompose(weight, ranks[name], config.decomposition, alpha=config.alpha, **statistics[name])
+        # on the CPU if there is to be no room for both them and the weights
+        device = torch.device("cpu") if config.offload_dense else device_of(modules[name])
+        return Factors(*(factor.to(device) for factor in found))
+
+    return factors | over_weights(work, left, modules, statistics)
+
+
+def over_weights(
+    work: Callable[[str, Tensor], T],
+    names: Iterable[str],
+    modules: Mapping[str, nn.Module],
+    statistics: Mapping[str, Mapping[str, Tensor]],
+) -> dict[str, T]:
+    """`work(name, weight)` of every module, with the weight (out, in) where it is to be decomposed: on a CUDA device if
+    there is one, several at a time if it has room for them."""
+    groups: dict[torch.device, list[str]] = {}
+    for name in names:
+        groups.setdefault(work_device(linear(modules[name]).weight), []).append(name)
+
+    def call(name: str) -> T:
         with dense_weight(modules[name]) as weight, naming(name):
-            if weight.is_meta:
-                factors[name] = empty_factors(rank, modules[name], weight.device)
-                continue
-            found = decompose(
-                weight.to(work_device(weight)), rank, config.decomposition, alpha=config.alpha, **statistics[name]
-            )
-            device = torch.device("cpu") if config.offload_dense else device_of(modules[name])
-            factors[name] = Factors(*(factor.to(device) for factor in found))
-    return factors
+            return work(name, weight if weight.is_meta else weight.to(work_device(weight)))
+
+    results: dict[str, T] = {}
+    total = sum(map(len, groups.values()))
+    with tqdm(total=total, desc="Decomposing", unit="module", delay=PROGRESS_AFTER) as progress:
+        for device, group in groups.items():
+            needed = max(working_bytes(weight_shape(name, modules[name]), statistics[name]) for name in group)
+            found = in_parallel(call, group, workers_within(needed, device), device)
+            for name, result in zip(group, found, strict=True):
+                results[name] = result
+                progress.update()
+            if device.type == "cuda":
+                torch.cuda.empty_cache()  # what only these streams could use again
+    return results
+
+
+def working_bytes(shape: Shape, statistics: Mapping[str, Tensor]) -> int:
+    """What a decomposition takes at the most: some copies of the weight and of its statistics in float64."""
+    out_features, in_features = shape
+    return 8 * (8 * out_features * in_features + 5 * sum(tensor.numel() for tensor in statistics.values()))
 
 
 def empty_factors(rank: int, module: nn.Module, device: torch.device) -> Factors:
