@@ -3,9 +3,9 @@
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from pathlib import Path
 
-from datasets import Dataset, DatasetDict, Value, load_dataset
+from common.files import read_file, text_columns
+from datasets import Dataset, DatasetDict, load_dataset
 from transformers import PreTrainedTokenizerBase
 
 
@@ -82,7 +82,7 @@ def load_splits(args: DataArguments, with_test: bool = True) -> DatasetDict:
         splits = load_dataset(args.dataset_name, args.task_name, revision=args.dataset_revision)
     else:
         files = {"train": args.train_file, "validation": args.validation_file, "test": args.test_file}
-        splits = DatasetDict({name: _read(file) for name, file in files.items() if file is not None})
+        splits = DatasetDict({name: read_file(file) for name, file in files.items() if file is not None})
     wanted = {name: data for name, data in splits.items() if with_test or is_labelled(name)}
     limits = {name: args.max_train_samples if name == "train" else args.max_eval_samples for name in wanted}
     return DatasetDict(
@@ -90,20 +90,11 @@ def load_splits(args: DataArguments, with_test: bool = True) -> DatasetDict:
     )
 
 
-def _read(file: str) -> Dataset:
-    suffix = Path(file.removesuffix(".gz")).suffix
-    if suffix in (".json", ".jsonl"):
-        return load_dataset("json", data_files=file, split="train")
-    if suffix == ".csv":
-        # Otherwise the words "None", "NA" and "null" are read as missing text.
-        return load_dataset("csv", data_files=file, split="train", keep_default_na=False)
-    raise ValueError(f"{file}: expected a file that ends in .json, .jsonl or .csv.")
-
-
 def find_task(args: DataArguments, train: Dataset) -> Task:
     """The GLUE task, or the columns and classes seen in the training file."""
     known = TASKS.get(args.task_name)
-    columns = tuple(args.text_columns or (known.columns if known else _text_columns(train, args.label_column)))
+    others = [name for name in text_columns(train) if name != args.label_column]
+    columns = tuple(args.text_columns or (known.columns if known else others))
     missing = [name for name in (*columns, args.label_column) if name not in train.column_names]
     if missing or len(columns) not in (1, 2):
         raise ValueError(
@@ -116,11 +107,6 @@ def find_task(args: DataArguments, train: Dataset) -> Task:
     if isinstance(values[0], float):
         return Task(columns)
     return Task(columns, tuple(str(value) for value in values), {value: i for i, value in enumerate(values)})
-
-
-def _text_columns(data: Dataset, label_column: str) -> list[str]:
-    texts = {name for name, feature in data.features.items() if feature in (Value("string"), Value("large_string"))}
-    return [name for name in data.column_names if name in texts and name != label_column]
 
 
 def encode(

@@ -16,31 +16,16 @@ work offline.
 from collections.abc import Callable
 
 import evaluate
-from datasets import Features, Value
+from common.metrics import OfflineMetric
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
 
-class _PairMetric(evaluate.Metric):
+class _PairMetric(OfflineMetric):
     """A metric `function(references, predictions)` of two equally long lists of numbers."""
 
     key: str  # the name that the figure has in the official results
-    dtype: str  # of predictions and references
     function: Callable[[list, list], float]
-    url: str
-
-    def __init__(self, **kwargs):
-        # Predictions stay in memory: no cache file to lock or to leave behind.
-        super().__init__(keep_in_memory=True, **kwargs)
-
-    def _info(self) -> evaluate.MetricInfo:
-        return evaluate.MetricInfo(
-            description=self.__doc__,
-            citation="",
-            inputs_description="predictions and references: lists of equal length, one number for each example",
-            features=Features({"predictions": Value(self.dtype), "references": Value(self.dtype)}),
-            reference_urls=[self.url],
-        )
 
     def _compute(self, predictions: list, references: list) -> dict[str, float]:
         return {self.key: float(self.function(references, predictions))}

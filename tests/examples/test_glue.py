@@ -55,13 +55,15 @@ PAPER = {
 @pytest.fixture(scope="module")
 def glue(tmp_path_factory):
     """The example's modules. Their names are common, so they are forgotten afterwards."""
-    names = ("data", "methods", "metrics", "run_glue")
+    names = ("data", "heads", "metrics", "run_glue")
     cache = tmp_path_factory.mktemp("cache")
     with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(EXAMPLE.parent)
         patch.syspath_prepend(EXAMPLE)
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", cache)
         patch.setattr(evaluate.config, "HF_METRICS_CACHE", cache)
-        yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+        shared = {name: importlib.import_module(f"common.{name}") for name in ("methods", "runs")}
+        yield SimpleNamespace(**shared, **{name: importlib.import_module(name) for name in names})
     for name in names:
         del sys.modules[name]
 
@@ -172,7 +174,7 @@ def test_metric_of_constant_predictions(glue):
     assert glue.metrics.glue_metric("cola").compute(**constant) == {"matthews_correlation": 0.0}
     with pytest.warns(RuntimeWarning, match="constant"):
         values = glue.metrics.glue_metric("stsb").compute(**constant)
-    assert glue.run_glue.finite(values) == {"pearson": None, "spearmanr": None}
+    assert glue.runs.finite(values) == {"pearson": None, "spearmanr": None}
 
 
 def test_metric_of_other_tasks(glue):
@@ -283,23 +285,23 @@ HEADS = [
 @pytest.mark.parametrize(("config_class", "kwargs", "head"), HEADS, ids=[row[0].__name__ for row in HEADS])
 def test_head_is_trained_whole_and_every_block_is_adapted(glue, config_class, kwargs, head):
     config = tiny(config_class, **kwargs)
-    setattr(config, glue.methods.family_of(config).dropout, 0.25)
+    setattr(config, glue.heads.family_of(config).dropout, 0.25)
     model = AutoModelForSequenceClassification.from_config(config)
     assert 0.25 in [module.p for module in model.modules() if isinstance(module, torch.nn.Dropout)]
-    assert glue.methods.head_modules(model) == head
+    assert glue.heads.head_modules(model) == head
     linears = {name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     new_weights = [name for name, _ in model.named_parameters() if not name.startswith(model.base_model_prefix + ".")]
     args = glue.methods.MethodArguments(method="lora")
-    adapted = get_peft_model(model, glue.methods.adapter_config(args, model))
+    adapted = get_peft_model(model, glue.heads.adapter_config(args, model))
     assert set(glue.methods.final_ranks(args, adapted)) == {name for name in linears if ".layer" in name}
-    glue.methods.check_new_weights_are_kept(adapted, new_weights)
+    glue.heads.check_new_weights_are_kept(adapted, new_weights)
 
 
 def test_random_pooler_that_would_be_lost_is_refused(glue):
     model = AutoModelForSequenceClassification.from_config(tiny(DebertaV2Config, pooler_hidden_size=32))
     model = get_peft_model(model, LoraConfig(task_type="SEQ_CLS", target_modules=["query_proj"]))
     with pytest.raises(ValueError, match=r"pooler.dense.weight.*modules_to_save"):
-        glue.methods.check_new_weights_are_kept(model, ["classifier.weight", "pooler.dense.weight"])
+        glue.heads.check_new_weights_are_kept(model, ["classifier.weight", "pooler.dense.weight"])
 
 
 # --- the script ------------------------------------------------------------------------------------------------------

@@ -1,17 +1,12 @@
 # Copyright 2026 The peft_rank authors. Licensed under the Apache License, Version 2.0.
-"""
-The fine-tuning methods that are compared, each put on a classification model: what is adapted, what is trained whole,
-when ranks are allocated, and which ranks come out.
-"""
+"""The fine-tuning methods that are compared: their settings, when ranks are allocated, and which ranks come out."""
 
 from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, TaskType
 from peft.tuners.lora import LoraLayer
-from peft.utils import ModulesToSaveWrapper
 from transformers import (
-    PretrainedConfig,
     PreTrainedModel,
     Trainer,
     TrainerCallback,
@@ -21,28 +16,6 @@ from transformers import (
 )
 
 from peft_rank import RankAllocationCallback, SalientLoRAConfig, get_rank_pattern
-
-
-class Family(NamedTuple):
-    """The linear layers of an encoder's blocks, and what its config calls the dropout before the classifier."""
-
-    target_modules: list[str]
-    dropout: str
-
-
-# "output.dense" matches the attention's output and the feed-forward's; no name here matches a pooler or classifier.
-_BERT = Family(["query", "key", "value", "intermediate.dense", "output.dense"], "classifier_dropout")
-FAMILIES = {
-    "deberta-v2": Family(
-        ["query_proj", "key_proj", "value_proj", "intermediate.dense", "output.dense"], "cls_dropout"
-    ),
-    "bert": _BERT,
-    "roberta": _BERT,
-    "xlm-roberta": _BERT,
-    "electra": _BERT,
-    "distilbert": Family(["q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"], "seq_classif_dropout"),
-    "modernbert": Family(["Wqkv", "Wi", "Wo"], "classifier_dropout"),
-}
 
 
 @dataclass
@@ -76,7 +49,7 @@ class MethodArguments:
     )
     target_modules: list[str] | None = field(default=None, metadata={"help": "Default: all linear layers of a block."})
     modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Modules trained whole and saved. Default: pooler and classifier."}
+        default=None, metadata={"help": "Modules trained whole and saved. Default: new heads, if any."}
     )
 
     def __post_init__(self):
@@ -88,45 +61,19 @@ class MethodArguments:
                 raise ValueError(f"{name} must be a share below 1 or a whole number of steps, but is {value}.")
 
 
-def head_modules(model: PreTrainedModel) -> list[str]:
-    """Names of what stands on top of the encoder: everything beside it that has weights, and the encoder's own pooler."""
-    body = model.base_model
-    beside = [name for name, child in model.named_children() if child is not body and list(child.parameters())]
-    return beside + [f"{model.base_model_prefix}.{name}" for name, _ in body.named_children() if name == "pooler"]
-
-
-def check_new_weights_are_kept(model: PeftModel, new_weights: list[str]) -> None:
-    """Refuse a model with weights that the checkpoint did not hold, and that would be neither trained nor saved."""
-    wrapped = [name for name, module in model.named_modules() if isinstance(module, ModulesToSaveWrapper)]
-    kept = tuple(name.removeprefix("base_model.model.") + "." for name in wrapped)
-    lost = [name for name in new_weights if not name.startswith(kept)]
-    if lost:
-        raise ValueError(
-            f"The checkpoint has no weights for {lost}: they are random, and would be neither trained nor saved. "
-            "Name their modules in --modules_to_save."
-        )
-
-
 def steps_or_ratio(name: str, value: float) -> dict[str, float]:
     """`{name_steps: int}` or, below 1, `{name_ratio: float}`."""
     return {f"{name}_ratio": value} if value < 1 else {f"{name}_steps": int(value)}
 
 
-def family_of(config: PretrainedConfig) -> Family:
-    """What is known of the model's family."""
-    if config.model_type not in FAMILIES:
-        raise ValueError(
-            f"No defaults for the {config.model_type!r} family: set --target_modules, and leave out --classifier_dropout."
-        )
-    return FAMILIES[config.model_type]
-
-
-def adapter_config(args: MethodArguments, model: PreTrainedModel) -> PeftConfig:
-    """The PEFT config of the chosen method."""
+def adapter_config(
+    args: MethodArguments, task_type: TaskType, target_modules: list[str], modules_to_save: list[str] | None = None
+) -> PeftConfig:
+    """The PEFT config of the chosen method; the modules are those that the arguments name, if they do."""
     common = {
-        "task_type": TaskType.SEQ_CLS,
-        "target_modules": args.target_modules or family_of(model.config).target_modules,
-        "modules_to_save": args.modules_to_save or head_modules(model),
+        "task_type": task_type,
+        "target_modules": args.target_modules or target_modules,
+        "modules_to_save": args.modules_to_save or modules_to_save,
         "lora_dropout": args.lora_dropout,
     }
     if args.method in ("lora", "rslora"):

@@ -1,0 +1,22 @@
+# Copyright 2026 The peft_rank authors. Licensed under the Apache License, Version 2.0.
+"""Data sets from local files."""
+
+from pathlib import Path
+
+from datasets import Dataset, Value, load_dataset
+
+
+def read_file(file: str) -> Dataset:
+    """A json, jsonl or csv file, gzipped or not."""
+    suffix = Path(file.removesuffix(".gz")).suffix
+    if suffix in (".json", ".jsonl"):
+        return load_dataset("json", data_files=file, split="train")
+    if suffix == ".csv":
+        # Otherwise the words "None", "NA" and "null" are read as missing text.
+        return load_dataset("csv", data_files=file, split="train", keep_default_na=False)
+    raise ValueError(f"{file}: expected a file that ends in .json, .jsonl or .csv.")
+
+
+def text_columns(data: Dataset) -> list[str]:
+    """The columns that hold strings."""
+    return [name for name in data.column_names if data.features[name] in (Value("string"), Value("large_string"))]
