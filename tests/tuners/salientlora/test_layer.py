@@ -13,7 +13,13 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_rank import SalientLoRAConfig
-from peft_rank.tuners.salientlora.functional import AddToGradient, LinearWithUpdate
+from peft_rank.tuners.salientlora.functional import (
+    AddToGradient,
+    Factors,
+    LinearWithUpdate,
+    compute_dtype,
+    prepare_updates,
+)
 from runs import assert_close
 
 
@@ -32,7 +38,8 @@ def operands(shape=(2, 3, IN), dtype: torch.dtype = torch.float32, bias: bool = 
 
 
 def fused(x, W, b, A, E, B, scale: float = SCALE) -> torch.Tensor:
-    return LinearWithUpdate.apply(x, W, b, A, E, B, scale, None)
+    (update,) = prepare_updates([Factors(A, E, B)], [scale], compute_dtype(x))
+    return LinearWithUpdate.apply(x, W, b, *update)
 
 
 def composed(x, W, b, A, E, B, scale: float = SCALE) -> torch.Tensor:

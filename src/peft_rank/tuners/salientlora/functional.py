@@ -18,7 +18,7 @@ from peft_rank.orthogonality import join_ranks
 
 # a product of half-precision matrices can be stored in float32 without a second pass
 _MM_HAS_OUT_DTYPE = Version(torch.__version__).release >= (2, 8)
-# elements that are cast in one piece: bounds the transient memory of `cast_factors`
+# elements that are cast in one piece: bounds the transient memory of `prepare_updates`
 _CHUNK_NUMEL = 2**26
 # ranks of half-precision copies
 _ALIGNMENT = 8
@@ -32,20 +32,17 @@ class Factors(NamedTuple):
     B: torch.Tensor
 
 
-class CastFactors(NamedTuple):
-    """What the products of a forward pass use: A in their dtype, `scaling * E`, and B scaled by it in their dtype. They
-    may have more ranks than the factors, which then are 0."""
-
-    low: torch.Tensor
-    scale: torch.Tensor
-    up: torch.Tensor
-
-
 class PreparedUpdate(NamedTuple):
-    """The update of one module for one forward pass of the whole model: the last arguments of `LinearWithUpdate`."""
+    """The update of one module for one forward pass, as `LinearWithUpdate` takes it.
 
-    dtype: torch.dtype
-    update: tuple[torch.Tensor, torch.Tensor, torch.Tensor, float, CastFactors]
+    `low` (r, in) is A and `up` (out, r) is B diag(scaling * E), both in the dtype of the products and maybe with more
+    ranks, which then are 0. The gradient of `up` goes to `folded`, that of `low` to A.
+    """
+
+    A: torch.Tensor
+    folded: torch.Tensor
+    low: torch.Tensor
+    up: torch.Tensor
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
@@ -54,9 +51,8 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
-@torch.no_grad()
-def cast_factors(factors: Sequence[Factors], scalings: Sequence[float], dtype: torch.dtype) -> list[CastFactors]:
-    """`CastFactors` of many modules, with a few kernels for all modules of one size instead of a few a module.
+def prepare_updates(factors: Sequence[Factors], scalings: Sequence[float], dtype: torch.dtype) -> list[PreparedUpdate]:
+    """The updates of many modules in `dtype`, with a few kernels for all modules of one size instead of a few a module.
 
     Where a copy is made anyway, ranks are padded with zeros to a multiple of 8: half-precision products of other widths
     are slower.
@@ -64,22 +60,24 @@ def cast_factors(factors: Sequence[Factors], scalings: Sequence[float], dtype: t
     copied = [A.dtype != dtype for A, _, _ in factors]
     multiples = [_ALIGNMENT if copy and dtype.itemsize == 2 else 1 for copy in copied]
     widths = [-(-len(E) // multiple) * multiple for (_, E, _), multiple in zip(factors, multiples, strict=True)]
-    lows = [A for A, _, _ in factors]
-    ups: list[tuple] = [()] * len(factors)
+    lows = [A.detach() for A, _, _ in factors]
     keys = [(A.shape[1], A.device, A.dtype) if copy else None for (A, _, _), copy in zip(factors, copied, strict=True)]
     for chunk in _chunks(keys, widths):
         width = [widths[i] for i in chunk]
-        joined = join_ranks([factors[i].A for i in chunk], 0, width).to(dtype)  # (R, in)
+        joined = join_ranks([lows[i] for i in chunk], 0, width).to(dtype)  # (R, in)
         for i, low in zip(chunk, joined.split(width), strict=True):
             lows[i] = low
+    ups: list[tuple] = [()] * len(factors)
     keys = [(B.shape[0], B.device, B.dtype, scaling) for (_, _, B), scaling in zip(factors, scalings, strict=True)]
     for chunk in _chunks(keys, widths):
         width = [widths[i] for i in chunk]
-        scale = join_ranks([factors[i].E for i in chunk], 0, width).mul_(scalings[chunk[0]])  # (R,)
-        up = _scaled(join_ranks([factors[i].B for i in chunk], 1, width), scale, dtype)  # (out, R)
-        for i, *pair in zip(chunk, scale.split(width), up.split(width, 1), strict=True):
+        E, B = [factors[i].E for i in chunk], [factors[i].B for i in chunk]
+        *folded, joined = FoldedFactors.apply(scalings[chunk[0]], dtype, width, *E, *B)
+        for i, *pair in zip(chunk, folded, joined.split(width, 1), strict=True):
             ups[i] = pair
-    return [CastFactors(low, *up) for low, up in zip(lows, ups, strict=True)]
+    return [
+        PreparedUpdate(A, folded, low, up) for (A, _, _), low, (folded, up) in zip(factors, lows, ups, strict=True)
+    ]
 
 
 def _chunks(keys: Sequence[tuple | None], widths: Sequence[int]) -> Iterator[list[int]]:
@@ -100,33 +98,57 @@ def _chunks(keys: Sequence[tuple | None], widths: Sequence[int]) -> Iterator[lis
         yield chunk
 
 
-def _scaled(B: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """`B * scale` in `dtype`, rounded once."""
-    return torch.mul(B, scale, out=torch.empty_like(B, dtype=dtype, requires_grad=False))
+class FoldedFactors(Function):
+    """B diag(scaling * E) of many modules with one number of outputs, side by side: (out, R), in `dtype`, rounded once.
 
+    Before it, (out, width) for each module, come stand-ins without content: what receives the gradient of the module's
+    part, in the dtype of B. The part itself, in half precision, would have its gradient rounded. The gradients of all E
+    and B are then computed together.
 
-def _float32_product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    if a.dtype == dtype:
-        return a @ b
-    if _MM_HAS_OUT_DTYPE and a.is_cuda and dtype == torch.float32:
-        return torch.mm(a, b, out_dtype=dtype)
-    return (a @ b).to(dtype)
+    Saves no tensors, as gradient checkpointing counts those: of a whole model this runs outside of a checkpointed block,
+    and inside of it when the block is recomputed.
+    """
 
+    @staticmethod
+    def forward(
+        ctx: Any, scaling: float, dtype: torch.dtype, widths: list[int], *factors: torch.Tensor
+    ) -> tuple[torch.Tensor, ...]:
+        E, B = factors[: len(widths)], factors[len(widths) :]
+        scale = join_ranks(E, 0, widths).mul_(scaling)  # (R,)
+        joined = join_ranks(B, 1, widths)  # (out, R)
+        up = torch.mul(joined, scale, out=torch.empty_like(joined, dtype=dtype))
+        ctx.B, ctx.scale, ctx.scaling, ctx.widths = B, scale, scaling, widths
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(up)
+        return *(joined.new_empty_strided((len(joined), width), (0, 0)) for width in widths), up
 
-def _without_autocast(device: str) -> AbstractContextManager:
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else nullcontext()
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: torch.Tensor | None):
+        count = len(ctx.widths)
+        used = [i for i in range(count) if gradients[i] is not None]
+        grad_E: list[torch.Tensor | None] = [None] * count
+        grad_B: list[torch.Tensor | None] = [None] * count
+        if used:
+            widths = [ctx.widths[i] for i in used]
+            scale = ctx.scale if len(used) == count else torch.cat([ctx.scale.split(ctx.widths)[i] for i in used])
+            gradient = torch.cat([gradients[i] for i in used], 1)  # (out, R)
+            of_scale = (gradient * join_ranks([ctx.B[i] for i in used], 1, widths)).sum(0).mul_(ctx.scaling)
+            for i, E, B in zip(used, of_scale.split(widths), gradient.mul_(scale).split(widths, 1), strict=True):
+                r = ctx.B[i].shape[1]
+                grad_E[i], grad_B[i] = E[:r], B[:, :r]
+        return None, None, None, *grad_E, *grad_B
 
 
 class LinearWithUpdate(Function):
-    """y = x W^T + b + scaling * x A^T diag(E) B^T, with W and b frozen.
+    """y = x W^T + b + scaling * x A^T diag(E) B^T, with W and b frozen; the update as `prepare_updates` returns it.
 
     One node instead of a dozen: the update is accumulated into the base product (forward) and its gradient into the
     base gradient (backward) by the matrix products themselves, so that no activation-sized tensor is read or written
     for the sake of the adapter alone. E is folded into B, which is small, and the factors are cast to the dtype of the
     product, never the activation to theirs. Under autocast the product has autocast's dtype.
 
-    Shapes: x (..., in), W (out, in), b (out,) or None, A (r, in), E (r,), B (out, r). Saves x, not more activations.
-    `cast` are the factors as `cast_factors` returns them, if somebody has them already.
+    Shapes: x (..., in), W (out, in), b (out,) or None; of the update see `PreparedUpdate`. Saves x, not more activations.
     """
 
     @staticmethod
@@ -136,53 +158,62 @@ class LinearWithUpdate(Function):
         weight: torch.Tensor,
         bias: torch.Tensor | None,
         A: torch.Tensor,
-        E: torch.Tensor,
-        B: torch.Tensor,
-        scaling: float,
-        cast: CastFactors | None,
+        folded: torch.Tensor,
+        low: torch.Tensor,
+        up: torch.Tensor,
     ) -> torch.Tensor:
-        dtype = compute_dtype(x) if cast is None else cast.low.dtype
         with _without_autocast(x.device.type):
+            dtype = low.dtype
             rows = x.reshape(-1, x.shape[-1])  # (tokens, in)
             # each for itself: under autocast a half-precision activation meets a float32 weight
             rows = rows if rows.dtype == dtype else rows.to(dtype)
             weight = weight if weight.dtype == dtype else weight.to(dtype)
-            if cast is None:
-                scale = E * scaling
-                cast = CastFactors(A.to(dtype), scale, _scaled(B, scale, dtype))
-            low, scale, up = cast
-            hidden = rows @ low.T  # (tokens, r)
             # an output that is a view could not be changed in place by whoever gets it
             result = torch.empty(*x.shape[:-1], weight.shape[0], dtype=dtype, device=x.device)
             flat = result.view(-1, weight.shape[0])  # (tokens, out)
             if bias is None:
-                torch.mm(rows, weight.T, out=flat)
+                torch.mm(rows, weight.t(), out=flat)
             else:
-                torch.addmm(bias if bias.dtype == dtype else bias.to(dtype), rows, weight.T, out=flat)
-            flat.addmm_(hidden, up.T)
-        ctx.save_for_backward(rows, weight, low, up, hidden, scale, B)
-        ctx.scaling = scaling
+                torch.addmm(bias if bias.dtype == dtype else bias.to(dtype), rows, weight.t(), out=flat)
+            hidden = torch.mm(rows, low.t())  # (tokens, r)
+            flat.addmm_(hidden, up.t())
+        ctx.save_for_backward(rows, weight, low, up, hidden)
+        ctx.r, ctx.factor_dtype, ctx.in_shape = A.shape[0], A.dtype, x.shape
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor):
-        rows, weight, low, up, hidden, scale, B = ctx.saved_tensors
-        needs_x, _, _, needs_A, needs_E, needs_B, _, _ = ctx.needs_input_grad
-        grad_x = grad_A = grad_E = grad_B = None
+        rows, weight, low, up, hidden = ctx.saved_tensors
+        needs_x, _, _, needs_A, needs_up, _, _ = ctx.needs_input_grad
+        grad_x = grad_A = grad_up = None
         with _without_autocast(grad_output.device.type):
             grad = grad_output.reshape(-1, grad_output.shape[-1])  # (tokens, out)
-            grad_hidden = grad @ up  # (tokens, r)
+            grad_hidden = torch.mm(grad, up)  # (tokens, r)
             if needs_x:
-                grad_x = (grad @ weight).addmm_(grad_hidden, low).view(*grad_output.shape[:-1], weight.shape[1])
-            r = B.shape[1]
+                grad_x = torch.mm(grad, weight).addmm_(grad_hidden, low).view(ctx.in_shape)
             if needs_A:
-                grad_A = _float32_product(grad_hidden.T, rows, B.dtype)[:r]
-            if needs_E or needs_B:
-                grad_up = _float32_product(grad.T, hidden, B.dtype)[:, :r]  # (out, r), of B diag(scaling * E)
-                grad_E = (grad_up * B).sum(0).mul_(ctx.scaling)
-                grad_B = grad_up * scale[:r]
-        return grad_x, None, None, grad_A, grad_E, grad_B, None, None
+                grad_A = _product(grad_hidden.t(), rows, ctx.factor_dtype)
+                grad_A = grad_A if len(grad_A) == ctx.r else grad_A[: ctx.r]
+            if needs_up:
+                grad_up = _product(grad.t(), hidden, ctx.factor_dtype)
+        return grad_x, None, None, grad_A, grad_up, None, None
+
+
+def _product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`a @ b`, stored in `dtype`."""
+    if a.dtype == dtype:
+        return torch.mm(a, b)
+    if _MM_HAS_OUT_DTYPE and a.is_cuda and dtype == torch.float32:
+        return torch.mm(a, b, out_dtype=dtype)
+    return torch.mm(a, b).to(dtype)
+
+
+def _without_autocast(device: str) -> AbstractContextManager:
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _AS_IT_IS
+
+
+_AS_IT_IS = nullcontext()
 
 
 class MaskRanks(Function):

@@ -18,7 +18,15 @@ from torch import nn
 from ..additive import AdditiveLayer
 from ..shrinking import narrow
 from .config import SalientLoRAConfig
-from .functional import AddToGradient, Factors, LinearWithUpdate, MaskRanks, PreparedUpdate, compute_dtype
+from .functional import (
+    AddToGradient,
+    Factors,
+    LinearWithUpdate,
+    MaskRanks,
+    PreparedUpdate,
+    compute_dtype,
+    prepare_updates,
+)
 
 
 # Expected squared norm of a row of A and of a column of B at the start, whatever the width of the module. Together with
@@ -212,9 +220,8 @@ class SalientLoRALinear(nn.Module, SalientLoRALayer):
         """(..., in_features) -> (..., out_features); `adapter_names` names the adapter of every sample."""
         if self._prepared and adapter_names is None:
             (prepared,) = self._prepared.values()
-            if prepared.dtype == compute_dtype(x):
-                base = self.base_layer
-                return LinearWithUpdate.apply(x, base.weight, base.bias, *prepared.update)
+            if prepared.low.dtype == compute_dtype(x):
+                return self._fused_forward(x, prepared)
         if self.disable_adapters:
             if self.merged:
                 self.unmerge()
@@ -227,14 +234,19 @@ class SalientLoRALinear(nn.Module, SalientLoRALayer):
             and not torch.compiler.is_compiling()
             and self.fused_dtype(adapters[0]) == compute_dtype(x)
         ):
-            base, scaling = self.base_layer, self.salientlora_scaling[adapters[0]]
-            return LinearWithUpdate.apply(x, base.weight, base.bias, *self.factors(adapters[0]), scaling, None)
+            scaling = self.salientlora_scaling[adapters[0]]
+            (update,) = prepare_updates([self.factors(adapters[0])], [scaling], compute_dtype(x))
+            return self._fused_forward(x, update)
         result = self.base_layer(x, *args, **kwargs)
         if adapters and self.quantization_backend is not None:
             result = self.quantization_backend.maybe_clone_base_result(result)
         for adapter_name in adapters:
             result = self._add_update(result, x, adapter_name)
         return result
+
+    def _fused_forward(self, x: torch.Tensor, update: PreparedUpdate) -> torch.Tensor:
+        parameters = self._modules["base_layer"]._parameters
+        return LinearWithUpdate.apply(x, parameters["weight"], parameters["bias"], *update)
 
     def fused_dtype(self, adapter_name: str) -> torch.dtype | None:
         """The dtype in which base product and update can be one autograd function; None if they cannot: the base layer

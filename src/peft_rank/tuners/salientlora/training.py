@@ -24,7 +24,7 @@ from ..adaptive import AdaptiveRankTuner, ShrinkPolicy
 from ..shrinking import can_slice_state, swap_parameters, unwrap_optimizer
 from .allocator import RankAllocator
 from .checkpoint import exact_rank_pattern
-from .functional import PreparedUpdate, cast_factors
+from .functional import prepare_updates
 from .layer import SalientLoRALayer
 
 
@@ -35,6 +35,11 @@ class SalientLoRATraining(AdaptiveRankTuner):
         # injection, which the base class starts, needs it
         self._allocators: dict[str, RankAllocator] = {}
         super().__init__(*args, **kwargs)
+        self._prepared_layers: list[SalientLoRALayer] = []
+        self._hooks = (
+            self.model.register_forward_pre_hook(self._prepare_updates),
+            self.model.register_forward_hook(self._forget_updates, always_call=True),
+        )
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
@@ -69,34 +74,38 @@ class SalientLoRATraining(AdaptiveRankTuner):
                 plans.append(f"{name}: {allocator.plan(total_steps)}")
         return "\n".join(plans)
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The model's forward, with the factors of all layers cast to its dtype at once beforehand."""
-        layers = [] if torch.compiler.is_compiling() else self._prepare_updates()
-        try:
-            return super().forward(*args, **kwargs)
-        finally:
-            # they are the parameters' values of now: what is recomputed later casts for itself
-            for layer in layers:
-                layer._prepared.clear()
-
-    def _prepare_updates(self) -> list[SalientLoRALayer]:
+    def _prepare_updates(self, *_: Any) -> None:
+        """Before the model's forward: cast the factors of all layers at once. A hook, since `PeftModel` calls the model
+        itself where no task type is configured."""
         # ZeRO-3 gathers every weight that is looked at here, and keeps it for the whole forward pass
-        if len(self.active_adapters) != 1 or check_deepspeed_zero3_enabled():
-            return []
+        if torch.compiler.is_compiling() or len(self.active_adapters) != 1 or check_deepspeed_zero3_enabled():
+            return
         name = self.active_adapters[0]
         by_dtype: dict[torch.dtype, list[SalientLoRALayer]] = defaultdict(list)
         for layer in self.adapter_layers(name).values():
-            if not layer.disable_adapters and not layer.merged:
+            # the layers alone know which adapter is active where transformers manages them
+            if not layer.disable_adapters and not layer.merged and layer.active_adapters == [name]:
                 dtype = layer.fused_dtype(name)
                 if dtype is not None:
                     by_dtype[dtype].append(layer)
         for dtype, layers in by_dtype.items():
             factors = [layer.factors(name) for layer in layers]
             scalings = [layer.salientlora_scaling[name] for layer in layers]
-            cast = cast_factors(factors, scalings, dtype)
-            for layer, *update in zip(layers, factors, scalings, cast, strict=True):
-                layer._prepared[name] = PreparedUpdate(dtype, (*update[0], *update[1:]))
-        return [layer for layers in by_dtype.values() for layer in layers]
+            for layer, update in zip(layers, prepare_updates(factors, scalings, dtype), strict=True):
+                layer._prepared[name] = update
+                self._prepared_layers.append(layer)
+
+    def _forget_updates(self, *_: Any) -> None:
+        """After it: they are the parameters' values of that forward pass; what is recomputed later casts for itself."""
+        for layer in self._prepared_layers:
+            layer._prepared.clear()
+        self._prepared_layers.clear()
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        for hook in self._hooks:
+            hook.remove()
+        return model
 
     def add_regularization_gradient(self) -> None:
         for name in self._trained_adapters():
