@@ -68,6 +68,10 @@ def truncate_product(up: Tensor, down: Tensor, rank: int) -> Truncation:
     (q_up, r_up), (q_down, r_down), core = _core(up, down)
     left, values, right = (part.to(r_up) for part in torch.linalg.svd(core, full_matrices=False))
     left, values, right = left[:, :rank], values[:rank], right[:rank]
+    # singular vectors have no sign: the largest entry of each column of `up` is to be positive, however the factors round
+    vectors = q_up @ left
+    signs = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))[0].sign()
+    left, right = left * signs, right * signs[:, None]
     alive = values > torch.finfo(values.dtype).eps * width * core.abs().amax().to(values)
     root = torch.where(alive, values, 0).sqrt()
     inverse = torch.where(alive, values, 1).rsqrt() * alive
