@@ -37,6 +37,7 @@ from data import Blocks, DataArguments, encode, load_labelled, load_texts, token
 from healing import HealingArguments, add_allocation, finish, prepare
 from peft import get_peft_model
 from perplexity import perplexity
+from searching import SearchArguments, search
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 from torch.utils.data import DataLoader
 from transformers import (
@@ -55,6 +56,7 @@ from transformers import (
 from peft_rank import LowRankConfig, calibrate, load_compressed, save_compressed
 from peft_rank.calibration.texts import text_batches
 from peft_rank.reporting.compression import compressed_table, finish_compression
+from peft_rank.tuners.lowrank.config import CompressionConfig
 
 
 @dataclass
@@ -74,8 +76,8 @@ class ModelArguments:
 
 
 @dataclass
-class CompressionArguments:
-    """How it is compressed: fields of `LowRankConfig`, and of the calibration."""
+class CompressionArguments(SearchArguments):
+    """How it is compressed: fields of `LowRankConfig` and of the calibration, and whether ranks are learned."""
 
     ratio: float | None = field(default=None, metadata={"help": "Kept / dense parameters of the targeted modules."})
     rank: int | None = field(default=None, metadata={"help": "Or: the same rank everywhere."})
@@ -90,7 +92,17 @@ class CompressionArguments:
     calibration_batch_size: int = field(default=1, metadata={"help": "Samples in a batch."})
     max_bytes: int | None = field(default=None, metadata={"help": "Memory for statistics; see `calibrate`."})
 
-    def config(self, task: str) -> LowRankConfig:
+    def config(self, task: str) -> CompressionConfig:
+        if self.search != "none":
+            shared = ("decomposition", "alpha", "ratio_scope", "rank_multiple")
+            # without a task type, which would train the head of a classifier along
+            heads = [] if task == "language" else ["classifier", "score"]
+            return self.search_config(
+                target_ratio=self.ratio,
+                target_modules=self.target_modules or "all-linear",
+                exclude_modules=[*(self.exclude_modules or []), *heads] or None,
+                **{name: vars(self)[name] for name in shared},
+            )
         shared = ("ratio", "rank", "decomposition", "alpha", "allocation", "ratio_scope", "rank_multiple")
         return LowRankConfig(
             **{name: vars(self)[name] for name in shared},
@@ -228,9 +240,13 @@ class Classification:
 # --- the steps --------------------------------------------------------------------------------------------------------
 
 
-def compress(model: PreTrainedModel, flow: Language | Classification, config: LowRankConfig) -> PreTrainedModel:
-    """Calibrate, decompose, and leave a plain model."""
+def compress(model: PreTrainedModel, flow: Language | Classification, args: Arguments) -> PreTrainedModel:
+    """Calibrate, decompose, search for ranks if asked to, and leave a plain model."""
+    config = flow.compression.config(args[0].task)
     config.statistics = calibrate(model, flow.batches(), config=config, max_bytes=flow.compression.max_bytes)
+    if flow.compression.search != "none":
+        train_set = flow.train_set()
+        return search(model, config, flow.compression, args[-1], train_set, flow.collator).to(args[0].device)
     # what follows is `finalize()` and `get_base_model()`, with the errors on record for the table
     return finish_compression(get_peft_model(model, config))
 
@@ -273,7 +289,7 @@ def main(argv: list[str]) -> dict[str, Any]:
     figures = {"dense": flow.measure(model)}
     sizes = {"dense": model.num_parameters()}
     started = time.perf_counter()
-    model = compress(model, flow, compression.config(model_args.task))
+    model = compress(model, flow, args)
     seconds = {"compression": round(time.perf_counter() - started, 1)}
     figures["compressed"] = flow.measure(model)
     sizes["compressed"] = model.num_parameters()

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedTokenizerFast
 
 from peft_rank import LowRankConfig, LowRankLinear, load_compressed
+from peft_rank.tuners.lowrank.config import CompressionConfig
 from tiny_models import TINY_MODELS
 
 
@@ -35,7 +36,7 @@ pytestmark = pytest.mark.filterwarnings(
 @pytest.fixture(scope="module")
 def example(tmp_path_factory):
     """The example's modules. Their names are common, so they are forgotten afterwards."""
-    names = ("perplexity", "data", "healing", "by_name", "compress")
+    names = ("perplexity", "data", "healing", "searching", "by_name", "compress")
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(EXAMPLE)
         patch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("cache"))
@@ -123,8 +124,8 @@ def test_configs(example, path: Path, tmp_path: Path) -> None:
         [str(path), "--output_dir", str(tmp_path), "--ratio", "0.7"]
     )
     config = compression.config(model.task)
-    assert isinstance(config, LowRankConfig)
-    assert config.ratio == 0.7
+    assert isinstance(config, CompressionConfig)
+    assert (config.ratio if isinstance(config, LowRankConfig) else config.target_ratio) == 0.7
     assert data.train_data.endswith(":train")
     assert training.output_dir == str(tmp_path)
     assert path.name in (EXAMPLE / "README.md").read_text(encoding="utf-8")
@@ -254,6 +255,23 @@ def test_classifier(example, files, decomposition: str, heal: str, tmp_path: Pat
     model = load_compressed(tmp_path)
     ranks = {n: m.rank for n, m in model.named_modules() if isinstance(m, LowRankLinear)}
     assert "bert.encoder.layer.0.intermediate.dense" in ranks
+    assert "classifier" not in ranks
+
+
+@pytest.mark.parametrize(("search", "rate"), [("ars", "3e-2"), ("l2lrc", "0.5")])
+def test_learned_ranks(example, files, search: str, rate: str, tmp_path: Path) -> None:
+    flags = ["--search", search, "--search_steps", "20", "--search_learning_rate", rate, "--heal", "none"]
+    with warnings.catch_warnings(action="ignore", category=UserWarning):  # of a search that is cut short
+        results = example.compress.main(language(files, tmp_path, *flags, "--search_settings", '{"tolerance": 0.01}'))
+        sizes = results["parameters"]
+        linears = [m for n, m in TINY_MODELS["llama"].make_model().named_modules() if n.endswith("_proj")]
+        dense = sum(m.weight.numel() for m in linears)
+        assert 0.79 < (sizes["compressed"] - sizes["dense"] + dense) / dense <= 0.8
+        assert load_compressed(tmp_path).num_parameters() == sizes["compressed"]
+        assert "search/ratio" in (tmp_path / "search" / "ranks.jsonl").read_text()
+        example.compress.main(classification(files, tmp_path / "bert", *flags))
+    ranks = {n: m.rank for n, m in load_compressed(tmp_path / "bert").named_modules() if isinstance(m, LowRankLinear)}
+    assert ranks
     assert "classifier" not in ranks
 
 

@@ -17,19 +17,16 @@ from peft.utils import SAFETENSORS_WEIGHTS_NAME, get_quantization_kwargs
 from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from ...calibration.targets import find_targets, linear, weight_of
 from ..lowrank.linear import LowRankLinear
 from ..lowrank.plan import (
-    PROGRESS_AFTER,
     check_target,
     check_untied,
     multiples,
-    naming,
+    over_weights,
     statistics_by_module,
     uncompressed_parameters,
-    work_device,
 )
 from ..salientlora.checkpoint import PEFT_PREFIX, exact_pattern, plain_name
 from .config import RankSearchConfig
@@ -140,10 +137,11 @@ class RankSearchModel(RankSearchTraining):
         if config.factors_saved:
             return _Plan({name: _empty(modules[name], rank) for name, rank in ranks.items()}, state)
         statistics = statistics_by_module(modules, self.model, config)
-        factors = {
-            name: _split(name, module, ranks[name], statistics[name], config)
-            for name, module in tqdm(modules.items(), desc="Decomposing", unit="module", delay=PROGRESS_AFTER)
-        }
+
+        def split(name: str, weight: Tensor) -> SearchFactors | LowRankLinear:
+            return _split(modules[name], weight, ranks[name], statistics[name], config)
+
+        factors = over_weights(split, modules, modules, statistics)
         return _Plan(factors, state)
 
     def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
@@ -319,14 +317,15 @@ def _empty(module: nn.Module, rank: int | None) -> SearchFactors | LowRankLinear
 
 
 def _split(
-    name: str, module: nn.Module, rank: int | None, statistics: dict[str, Tensor], config: RankSearchConfig
+    module: nn.Module, weight: Tensor, rank: int | None, statistics: dict[str, Tensor], config: RankSearchConfig
 ) -> SearchFactors | LowRankLinear:
-    """Factors of all ranks, or of the fixed one of `rank_pattern`; on an accelerator if there is one."""
-    with weight_of(module) as weight, naming(name):
-        found = decompose_weight(
-            weight.to(work_device(weight)), config.decomposition, statistics, config.alpha, config.factor_cache
-        )
-        factors = SearchFactors(Spectrum(*(tensor.to(weight.device) for tensor in found)))
+    """Factors of all ranks, or of the fixed one of `rank_pattern`, where the module is."""
+    base = linear(module)
+    if weight.is_meta:
+        factors = SearchFactors(empty_spectrum(tuple(weight.shape), weight))
+    else:
+        found = decompose_weight(weight, config.decomposition, statistics, config.alpha, config.factor_cache)
+        factors = SearchFactors(Spectrum(*(tensor.to(base.weight.device) for tensor in found)))
     if rank is None:
         return factors
-    return factors.select(torch.arange(min(rank, *weight.shape)), linear(module).bias).requires_grad_(False)
+    return factors.select(torch.arange(min(rank, *weight.shape)), base.bias).requires_grad_(False)
