@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load, load_file
 
 import peft_rank
+import runs_inrank
+import searches
 from cards import Hub, run, snippets
 from peft_rank import export_lora, get_rank_pattern, rank_table
 from peft_rank.export import card as card_module
@@ -182,6 +185,83 @@ def test_the_card_of_fixed_ranks(tiny: TinyModel, tmp_path: Path) -> None:
     assert summary.finished
     with pytest.raises(ValueError, match="type LOWRANK, which replaces weights"):
         export_lora_files(tmp_path / "adapter", tmp_path / "lora")
+
+
+@pytest.mark.parametrize("saved", ["before", "after a reload"])
+def test_the_card_of_a_compression_of_nothing(llama: TinyModel, tmp_path: Path, saved: str) -> None:
+    with pytest.warns(UserWarning, match="stay dense"):
+        model = get_peft_model(llama.make_model(), LowRankConfig(rank=500, target_modules="all-linear"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model.save_pretrained(tmp_path / "adapter")
+        if saved == "after a reload":
+            PeftModel.from_pretrained(llama.make_model(), tmp_path / "adapter").save_pretrained(tmp_path / "adapter")
+    text = (tmp_path / "adapter" / "README.md").read_text()
+    assert "| total rank | 0, every module stays dense |" in text
+    assert read_summary(tmp_path / "adapter").ranks == {}
+
+
+def told(model: PeftModel, directory: Path) -> tuple[ModelCard, Any]:
+    """The card of an adapter without warnings, and its summary by its files, whose size is what the card says."""
+    model.save_pretrained(directory)
+    card, summary = ModelCard.load(directory / "README.md"), read_summary(directory)
+    if summary.finished:
+        assert summary.ranks == get_rank_pattern(model)
+        assert rank_table(model).markdown() in card.text
+        parameters = (
+            f"{summary.parameters + summary.other_parameters:,}, {summary.parameters:,} of them in the factors"
+        )
+        assert f"| trainable parameters | {parameters} |" in card.text
+        assert float(re.search(r"\| size \| ([\d.]+) MB", card.text)[1]) * 1e6 == pytest.approx(
+            summary.bytes, rel=0.01
+        )
+    assert ("the allocation has not finished" in card.text) is not summary.finished
+    return card, summary
+
+
+@pytest.mark.parametrize("overrides", [{}, {"train_base": True}, {"from_scratch": True}], ids=str)
+def test_the_card_of_growing_ranks(llama: TinyModel, tmp_path: Path, overrides: dict[str, bool]) -> None:
+    model = runs_inrank.adapted(llama, **overrides)
+    optimizer = runs_inrank.adam(model)
+    runs_inrank.steps_by_hand(model, llama, 1, 4, optimizer)
+    card, summary = told(model, tmp_path / "growing")
+    assert not summary.finished
+    assert {"adaptive-rank", "inrank"} <= set(card.data.tags)
+    runs_inrank.steps_by_hand(model, llama, 5, 12, optimizer)
+    if not overrides:
+        model.base_model.finalize(optimizer)
+        card, summary = told(model, tmp_path / "grown")
+        assert summary.finished
+        assert "| method | InRank |" in card.text
+        assert "every rank grows until it explains 0.8 of the energy" in card.text
+        assert "fixed ranks" not in card.text
+        names: dict[str, Any] = {"model": model}
+        run(snippets(card)[1].replace('"merged"', f'"{tmp_path / "merged"}"'), names)
+        merged = llama.model_class.from_pretrained(tmp_path / "merged")
+        assert_close(logits(merged, llama), logits(model, llama), 1e-4)
+
+
+def test_the_card_of_ranks_that_never_grew(llama: TinyModel, tmp_path: Path) -> None:
+    _, summary = told(runs_inrank.adapted(llama, buffer_r=0), tmp_path)
+    assert set(summary.ranks.values()) == {1}
+    assert summary.budget == "fixed ranks, no allocation"
+
+
+@pytest.mark.parametrize("method", ["ars", "l2lrc"])
+def test_the_card_of_a_search(llama: TinyModel, tmp_path: Path, method: str) -> None:
+    model = searches.searched(method, llama, task_type="CAUSAL_LM")
+    optimizer = searches.optimizer(model, method)
+    searches.search(model, llama, optimizer, 3)
+    card, summary = told(model, tmp_path / "searching")
+    assert not summary.finished
+    model.base_model.finalize(optimizer)
+    card, summary = told(model, tmp_path / "found")
+    assert summary.finished
+    assert {"low-rank", "adaptive-rank", {"ars": "adaptive-rank-svd"}.get(method, method)} <= set(card.data.tags)
+    assert "0.7 of the parameters of the targeted modules" in card.text
+    reloaded = PeftModel.from_pretrained(llama.make_model(), tmp_path / "found")
+    reloaded.save_pretrained(tmp_path / "again")
+    assert rank_table(model).markdown() in (tmp_path / "again" / "README.md").read_text()
 
 
 def test_cards_of_other_methods_stay_as_they_are(llama: TinyModel, tmp_path: Path) -> None:

@@ -27,7 +27,9 @@ from peft.auto import MODEL_TYPE_TO_PEFT_MODEL_MAPPING
 from transformers import PreTrainedModel
 
 from peft_rank.reporting import rank_grid
+from peft_rank.tuners.config import AdaptedModulesConfig
 from peft_rank.tuners.lowrank import LowRankConfig
+from peft_rank.tuners.lowrank.config import CompressionConfig
 from peft_rank.tuners.salientlora import SalientLoRAConfig
 
 from .directory import CompressedSummary, guard, is_compressed, read_compressed
@@ -40,6 +42,13 @@ LORA_TAGS = ("peft_rank", "adaptive-rank", "salientlora")
 LOW_RANK_TAGS = ("peft_rank", "low-rank")
 HERE = "path/or/repository-of-this-adapter"
 MODEL_HERE = "path/or/repository-of-this-model"
+METHODS = {
+    "SALIENTLORA": "SalientLoRA",
+    "LOWRANK": "low-rank factors",
+    "ADAPTIVE_RANK_SVD": "Adaptive Rank Selections",
+    "L2LRC": "Learning to Low-Rank Compress",
+    "INRANK": "InRank",
+}
 LOADING = (
     "`pip install peft-rank` provides the package. `load_compressed` makes sure that every weight came from these files. "
     "After `import peft_rank`, which has to come first, the classes of transformers and `pipeline` load the model, too:"
@@ -53,6 +62,10 @@ TO_COMPRESSED = [
     "`pip install peft-rank` provides the first. The factors stand in for weights of the base model, which is loaded, too. To "
     + "have the compressed model alone, as a directory for `from_pretrained`:",
     '```python\nmodel.base_model.finalize()\npeft_rank.save_compressed(model, "compressed")\n```',
+]
+TO_MERGED = [
+    "`pip install peft-rank` provides the first. To do without it, merge the adapter into the base model:",
+    '```python\nmodel.merge_and_unload().save_pretrained("merged")\n```',
 ]
 
 
@@ -114,17 +127,19 @@ def _write_card(
         warnings.warn(f"The model card says nothing of the ranks: {type(error).__name__}: {error}", stacklevel=3)
 
 
-def _our_adapters(model: PeftModel) -> dict[str, SalientLoRAConfig | LowRankConfig]:
-    kinds = (SalientLoRAConfig, LowRankConfig)
-    return {name: config for name, config in model.peft_config.items() if isinstance(config, kinds)}
+def _our_adapters(model: PeftModel) -> dict[str, AdaptedModulesConfig]:
+    return {name: config for name, config in model.peft_config.items() if isinstance(config, AdaptedModulesConfig)}
 
 
-def _tags(configs: Iterable[SalientLoRAConfig | LowRankConfig]) -> set[str]:
-    return {
-        tag
-        for config in configs
-        for tag in (LORA_TAGS if isinstance(config, SalientLoRAConfig) else (*LOW_RANK_TAGS, "lowrank"))
-    }
+def _tags(configs: Iterable[AdaptedModulesConfig]) -> set[str]:
+    return {tag for config in configs for tag in _tags_of(config)}
+
+
+def _tags_of(config: AdaptedModulesConfig) -> set[str]:
+    """What it is, and the method: `salientlora`, `adaptive-rank-svd`, ..."""
+    kind = {"low-rank"} if isinstance(config, CompressionConfig) else set()
+    kind |= set() if isinstance(config, LowRankConfig) else {"adaptive-rank"}
+    return {"peft_rank", config.peft_type.value.lower().replace("_", "-")} | kind
 
 
 # ---- cards ----
@@ -225,21 +240,35 @@ def _adapter_section(summaries: dict[str, AdapterSummary], location: str) -> str
         if len(summaries) > 1:
             parts.append(f"Adapter `{name}`:")
         base = config.base_model_name_or_path
-        method = (
-            "SalientLoRA" if isinstance(config, SalientLoRAConfig) else f"low-rank factors, {config.decomposition}"
-        )
-        rows = {"method": method, "base model": f"`{base}`" if base else "not recorded", **_facts(summary)}
+        rows = {"method": _method(config), "base model": f"`{base}`" if base else "not recorded", **_facts(summary)}
         parts += [_table(rows), rank_grid(summary.ranks).markdown()]
     first = next(iter(summaries.values()))
     parts += [
         "### Load",
         f"```python\nimport peft_rank, peft\nmodel = {_load_call(first.config, location, first.num_labels)}\n```",
     ]
-    return "\n\n".join(parts + (TO_LORA if isinstance(first.config, SalientLoRAConfig) else TO_COMPRESSED))
+    return "\n\n".join(parts + _without_us(first.config))
+
+
+def _method(config: AdaptedModulesConfig) -> str:
+    name = METHODS[config.peft_type.value]
+    return f"{name}, {config.decomposition}" if isinstance(config, CompressionConfig) else name
+
+
+def _without_us(config: AdaptedModulesConfig) -> list[str]:
+    """How to get a form of the adapter that needs less."""
+    if isinstance(config, SalientLoRAConfig):
+        return TO_LORA
+    if isinstance(config, CompressionConfig) or vars(config).get("from_scratch", False):
+        return TO_COMPRESSED
+    return TO_MERGED
 
 
 def _facts(summary: AdapterSummary) -> dict[str, str]:
-    left = f"{summary.total}, {summary.total / len(summary.ranks):.4g} a module, largest {max(summary.ranks.values())}"
+    left = "0, every module stays dense"
+    if summary.ranks:
+        mean = summary.total / len(summary.ranks)
+        left = f"{summary.total}, {mean:.4g} a module, largest {max(summary.ranks.values())}"
     return {
         "budget": summary.budget,
         "total rank": left if summary.finished else f"{left}; **the allocation has not finished**",

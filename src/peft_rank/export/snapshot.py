@@ -22,9 +22,12 @@ from torch import nn
 from peft_rank.ranks import adapter_layers, bare_model
 from peft_rank.tuners.adaptive import RankLayer
 from peft_rank.tuners.config import AdaptedModulesConfig
+from peft_rank.tuners.inrank import InRankConfig, InRankModel
+from peft_rank.tuners.lowrank import LowRankLinear
 from peft_rank.tuners.salientlora import SalientLoRAConfig, SalientLoRALayer
 from peft_rank.tuners.salientlora.allocator import read_state
 from peft_rank.tuners.salientlora.checkpoint import PEFT_PREFIX, plain_name
+from peft_rank.tuners.search.layer import SearchLayer
 
 
 FACTORS = SalientLoRALayer.adapter_layer_names
@@ -44,6 +47,7 @@ class AdapterSummary:
         other_parameters (`int`): Numbers in `modules_to_save` and trained biases.
         bytes (`int`): Size of all of them.
         num_labels (`int`, *optional*): Labels of the model; means nothing where it is no classifier.
+        in_progress (`bool`): Ranks are still being learned.
     """
 
     config: AdaptedModulesConfig
@@ -52,6 +56,7 @@ class AdapterSummary:
     other_parameters: int
     bytes: int
     num_labels: int | None
+    in_progress: bool = False
 
     @property
     def total(self) -> int:
@@ -66,9 +71,7 @@ class AdapterSummary:
     @property
     def finished(self) -> bool:
         """Whether nothing is left to allocate."""
-        if isinstance(self.config, SalientLoRAConfig):
-            return self.target_total is None or self.total <= self.target_total
-        return self.config.allocation_state is None
+        return not self.in_progress and (self.target_total is None or self.total <= self.target_total)
 
     @property
     def budget(self) -> str:
@@ -76,9 +79,12 @@ class AdapterSummary:
         if self.target_total is not None:
             return f"{self.config.target_r} a module on average, {self.target_total} in {len(self.ranks)} modules"
         settings = vars(self.config)
+        if isinstance(self.config, InRankConfig) and self.config.allocates:
+            return f"none: every rank grows until it explains {self.config.explained_ratio} of the {self.config.criterion}"
         ratio = settings.get("target_ratio", settings.get("ratio"))
         if ratio is None:
             return "fixed ranks, no allocation"
+        ratio = " then ".join(map(str, ratio)) if isinstance(ratio, list) else ratio
         scope = "the model" if settings["ratio_scope"] == "model" else "the targeted modules"
         how = f", {settings['allocation']}" if "allocation" in settings else ""
         return f"{ratio} of the parameters of {scope}{how}"
@@ -215,8 +221,13 @@ def read_summary(directory: str | Path) -> AdapterSummary:
         return read_directory(directory).summary
     state = safetensors.torch.load_file(_weights_path(directory))
     config = config_class.from_pretrained(str(directory))
-    # these methods list every module that has a rank
+    # these methods list every module that has a rank, once one has another than it began with
     ranks = {re.sub(r"\\(.)", r"\1", key.removeprefix("^")): rank for key, rank in config.rank_pattern.items()}
+    ranks = ranks or {
+        plain_name(key.removesuffix(".inrank_A")): tensor.shape[0]
+        for key, tensor in state.items()
+        if key.endswith(".inrank_A")
+    }
     inside = tuple(f"{PEFT_PREFIX}{name}." for name in ranks)
     parameters = sum(tensor.numel() for key, tensor in state.items() if key.startswith(inside))
     return AdapterSummary(
@@ -226,6 +237,7 @@ def read_summary(directory: str | Path) -> AdapterSummary:
         other_parameters=sum(tensor.numel() for tensor in state.values()) - parameters,
         bytes=sum(tensor.nbytes for tensor in state.values()),
         num_labels=_labels_in(state),
+        in_progress=config.allocation_state is not None,
     )
 
 
@@ -288,23 +300,46 @@ def summarize_model(model: nn.Module, adapter_name: str) -> AdapterSummary:
         TypeError: If the model has no such adapter.
     """
     model = bare_model(model)
-    adapter_name, layers = adapter_layers(model, adapter_name)
-    ranks = {name: layer.rank(adapter_name) for name, layer in layers.items()}
-    singular_values = isinstance(model.peft_config[adapter_name], SalientLoRAConfig)  # E
-    widths = {name: layer.in_features + singular_values + layer.out_features for name, layer in layers.items()}
-    parameters = sum(rank * widths[name] for name, rank in ranks.items())
+    if adapter_name not in model.peft_config:
+        raise TypeError(f"The model has no adapter {adapter_name!r}; its adapters are {', '.join(model.peft_config)}.")
+    config, modules = model.peft_config[adapter_name], dict(model.named_modules())
+    layers = {
+        plain_name(name): module
+        for name, module in modules.items()
+        if isinstance(module, RankLayer) and adapter_name in module.adapters()
+    }
+    if not layers:  # a search that is over, or all modules stay dense
+        layers = {plain_name(name): module for name, module in modules.items() if isinstance(module, LowRankLinear)}
+    found = {name: _rank_and_width(layer, adapter_name) for name, layer in layers.items()}
+    found = {name: (rank, itemsize) for name, (rank, itemsize) in found.items() if rank is not None}
+    singular_values = isinstance(config, SalientLoRAConfig)  # E
+    numbers = {
+        name: rank * (layers[name].in_features + singular_values + layers[name].out_features)
+        for name, (rank, _) in found.items()
+    }
+    tuner = model.base_model if isinstance(model, PeftModel) else None
     others = list(dict.fromkeys(_trained_beside(model, layers.values(), adapter_name)))
-    first = next(iter(layers.values()))
-    width = getattr(first, first.adapter_layer_names[0])[adapter_name].element_size()
     sizes = [_numel(parameter) for parameter in others]
     return AdapterSummary(
-        config=model.peft_config[adapter_name],
-        ranks=ranks,
-        parameters=parameters,
+        config=config,
+        ranks={name: rank for name, (rank, _) in found.items()},
+        parameters=sum(numbers.values()),
         other_parameters=sum(sizes),
-        bytes=width * parameters + sum(n * p.element_size() for n, p in zip(sizes, others, strict=True)),
+        bytes=sum(itemsize * numbers[name] for name, (_, itemsize) in found.items())
+        + sum(n * p.element_size() for n, p in zip(sizes, others, strict=True)),
         num_labels=_num_labels(model),
+        in_progress=any(isinstance(layer, SearchLayer) and layer.searching for layer in layers.values())
+        or (isinstance(tuner, InRankModel) and tuner.is_growing(adapter_name)),
     )
+
+
+def _rank_and_width(layer: RankLayer | LowRankLinear, adapter_name: str) -> tuple[int | None, int]:
+    """Rank of a module, None where it stays dense, and bytes of each number in its factors."""
+    if isinstance(layer, LowRankLinear):
+        return layer.rank, layer.down.weight.element_size()
+    if isinstance(layer, SearchLayer):
+        return layer.rank(adapter_name), layer.base_layer.weight.element_size()
+    return layer.rank(adapter_name), getattr(layer, layer.adapter_layer_names[0])[adapter_name].element_size()
 
 
 def _num_labels(model: nn.Module) -> int | None:
@@ -312,11 +347,17 @@ def _num_labels(model: nn.Module) -> int | None:
 
 
 def _trained_beside(model: nn.Module, layers: Iterable[RankLayer], adapter_name: str) -> Iterator[nn.Parameter]:
-    """Parameters of `modules_to_save`, and the trained biases."""
+    """Parameters of `modules_to_save`, the trained biases, and what InRank trains of the base model."""
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper) and adapter_name in module.modules_to_save:
             yield from module.modules_to_save[adapter_name].parameters()
-    bias = model.peft_config[adapter_name].bias
+    config = model.peft_config[adapter_name]
+    if isinstance(config, InRankConfig) and config.train_base:
+        yield from (layer.get_base_layer().weight for layer in layers)
+    elif isinstance(config, InRankConfig) and config.from_scratch:
+        factors = {id(p) for layer in layers for name, p in layer.named_parameters() if not name.endswith("bias")}
+        yield from (p for p in model.parameters() if id(p) not in factors)
+    bias = config.bias
     if bias == "all":
         yield from (p for name, p in model.named_parameters() if name.endswith(".bias"))
     elif bias != "none":
