@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
 from _common import RESULTS
@@ -186,6 +187,120 @@ def compression() -> list[str]:
     return parts
 
 
+RANKS = {"uniform": "uniform", "spectral": "spectral", "ars": "ARS", "l2lrc": "L2LRC"}
+
+
+def learned_ranks(result: dict[str, Any], ratio: float) -> str:
+    """Means and deviations over the seeds, before and after healing."""
+    tasks = list(result["rows"][0]["accuracy"])
+    lines = []
+    for method, label in {"dense": "dense", **RANKS}.items():
+        wanted = (method, None if method == "dense" else ratio)
+        rows = [row for row in result["rows"] if (row["method"], row.get("ratio")) == wanted and "perplexity" in row]
+        if rows:
+            line = [label, f"{mean(row.get('kept', 1.0) for row in rows):.4f}"]
+            for found in (rows, [row["healed"] for row in rows if "healed" in row]):
+                line.append(_spread([row["perplexity"] for row in found]) if found else "")
+                line += [_spread([row["accuracy"][task] for row in found]) if found else "" for task in tasks]
+            lines.append([*line, _spread([row["seconds"] for row in rows]) if method != "dense" else ""])
+    healed = [f"healed: {name}" for name in ("perplexity", *tasks)]
+    return table(["ranks", "kept", "perplexity", *tasks, *healed, "seconds"], lines)
+
+
+def learned_ranks_encoder(result: dict[str, Any], ratio: float) -> str:
+    """Means and deviations over the seeds of each task, before and after training again."""
+    tasks = list(dict.fromkeys(row["task"] for row in result["rows"]))
+    rows = [row for row in result["rows"] if row["ratio"] in (ratio, 1.0) and "before" in row]
+    lines = []
+    for decomposition, ranks in dict.fromkeys((row["decomposition"], row["ranks"]) for row in rows):
+        found = [row for row in rows if (row["decomposition"], row["ranks"]) == (decomposition, ranks)]
+        line = [COMPRESSION.get(decomposition, decomposition), RANKS.get(ranks, "")]
+        for stage in ("before", "after"):
+            for task in tasks:
+                values = [row[stage] for row in found if row["task"] == task and stage in row]
+                line.append(_spread(values) if values else "")
+        lines.append(line)
+    stages = [f"{task}, {stage}" for stage in ("before", "after") for task in tasks]
+    return table(["decomposition", "ranks", *stages], lines)
+
+
+def learned() -> list[str]:
+    """The parts about learned ranks, as far as they have been measured."""
+    parts = []
+    for name, make in (("learned_ranks", learned_ranks), ("learned_ranks_encoder", learned_ranks_encoder)):
+        path = RESULTS / f"{name}.json"
+        if path.exists():
+            result = json.loads(path.read_text())
+            settings = result["settings"]
+            what = {
+                "learned_ranks": "the decoder's linears, whitening, WikiText-2; searched, calibrated and healed on the same "
+                "text",
+                "learned_ranks_encoder": "all linears of the encoder, before and after training again",
+            }[name]
+            note = f"{settings['model']}, {what}. Mean and standard deviation over {len(settings['seeds'])} seed(s).\n"
+            title = "perplexity and accuracy" if name == "learned_ranks" else "GLUE"
+            parts += [f"## Learned ranks: {title}\n", note, origin(result)]
+            for ratio in settings["ratios"]:
+                parts += [f"### Ratio {ratio}\n", make(result, ratio)]
+    path = RESULTS / "search_step.json"
+    if path.exists():
+        result = json.loads(path.read_text())
+        columns = list(dict.fromkeys(key for row in result["rows"] for key in row))
+        lines = [[row.get(column, "") for column in columns] for row in result["rows"]]
+        note = f"LLaMA-7B shape, {result['settings']['layers']} layers, bfloat16, 4 x 256 tokens.\n"
+        parts += ["## A step of a search\n", note, origin(result), table(columns, lines)]
+    return parts
+
+
+METHODS = {"none": "as it is", "salientlora": "SalientLoRA", "lora": "LoRA", "full": "full fine-tuning"}
+ERRORS = "phoneme_error_rate"
+
+
+def pronunciation(result: dict[str, Any]) -> str:
+    """The learning rates with the first seed, then each method at its best one: mean and deviation over the seeds."""
+    settings, rows = result["settings"], result["rows"]
+    first = {(row["method"], row["learning_rate"]): row for row in rows if row["seed"] == settings["seeds"][0]}
+    grid, final = [], []
+    for method, label in METHODS.items():
+        tried = {rate: row["validation"][ERRORS] for (name, rate), row in first.items() if name == method}
+        if method != "none":
+            grid.append([label, *(f"{100 * tried[rate]:.2f}" if rate in tried else "" for rate in settings["rates"])])
+        best = min(tried, key=tried.get)
+        found = [row for row in rows if row["method"] == method and row["learning_rate"] == best]
+        metrics = [(split, name) for split in ("validation", "test") for name in (ERRORS, "exact_match")]
+        cells = [_spread([100 * row[split][name] for row in found]) for split, name in metrics]
+        trained = "" if method == "none" else f"{found[0]['trainable_parameters']['end']:,}"
+        rate = "" if method == "none" else f"{best:g}"
+        final.append([label, rate, len(found), found[0]["total_rank"] or "", trained, *cells])
+    columns = ["learning rate", "seeds", "total rank", "trained at the end"]
+    figures = [f"{name}, {split}" for split in ("validation", "test") for name in ("phoneme errors", "exact")]
+    rates = table(["method", *(f"{rate:g}" for rate in settings["rates"])], grid)
+    return (
+        f"Phoneme error rate on the validation split in % by learning rate, seed {settings['seeds'][0]}:\n\n{rates}\n"
+        f"At the best of these, in %, mean and standard deviation over the seeds:\n\n"
+        + table(["method", *columns, *figures], final)
+    )
+
+
+def _spread(values: list[float]) -> str:
+    return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
+
+
+def adaptation() -> list[str]:
+    path = RESULTS / "g2p.json"
+    if not path.exists():
+        return []
+    result = json.loads(path.read_text())
+    settings = result["settings"]
+    note = (
+        "A BART of 0.75 million weights that turns words into American phonemes, adapted to British ones "
+        f"({settings['epochs']:g} epoch(s) of 40,000 words in batches of {settings['batch']}; 2,000 words each to choose "
+        f"the learning rate and to test). SalientLoRA goes from rank {settings['init_r']} to {settings['target_r']} on "
+        f"average, LoRA has rank {settings['target_r']}.\n"
+    )
+    return ["## Encoder-decoder: American to British pronunciation\n", note, origin(result), pronunciation(result)]
+
+
 def main() -> None:
     parts = [
         "# Benchmarks\n",
@@ -202,6 +317,8 @@ def main() -> None:
         result = json.loads(path.read_text())
         parts += [origin(result), decisions(result)]
     parts += compression()
+    parts += learned()
+    parts += adaptation()
     PAGE.write_text("\n".join(parts), encoding="utf-8")
     print(f"wrote {PAGE}")
 
