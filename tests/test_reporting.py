@@ -15,6 +15,7 @@ from transformers import Trainer
 
 from peft_rank import RankAllocationCallback, SalientLoRAConfig, get_rank_pattern, plot_ranks, rank_table
 from peft_rank.reporting import rank_grid
+from peft_rank.reporting.fates import fates_of
 from tiny_models import LAYERS, TinyModel, training_arguments
 
 
@@ -153,6 +154,68 @@ def test_picture_of_a_real_training(tmp_path: Path, deberta: TinyModel) -> None:
         lines = {line.get_label(): line.get_ydata() for line in plot_ranks(source).axes[1].lines}
         first, *_, last = lines["total rank"]
         assert (first, last) == (4 * rank_table(model).modules, rank_table(model).modules)
+    assert (tmp_path / "ranks.png").read_bytes().startswith(b"\x89PNG")
+    fates = fates_of(history)
+    decisions = {line["step"] for line in history if line["event"] == "decision"}
+    assert {step for fate in fates.modules.values() for step in fate if step is not None} == decisions
+    left = {name: [i for i, step in enumerate(fate) if step is None] for name, fate in fates.modules.items()}
+    assert left == model.base_model.living_ranks()
+    assert {name: len(numbers) for name, numbers in left.items()} == get_rank_pattern(model)
+
+
+NAN = float("nan")
+PRUNED = [
+    {
+        "step": 0,
+        "event": "start",
+        "ranks": {"decoder.layers.0.q": 3, "encoder.layers.0.q": 2, "encoder.layers.1.q": 1},
+    },
+    {"step": 4, "event": "log", "rank/total": 6},
+    {
+        "step": 5,
+        "event": "decision",
+        "ranks": {"decoder.layers.0.q": 1, "encoder.layers.0.q": 2, "encoder.layers.1.q": 1},
+        "pruned": {"decoder.layers.0.q": [0, 2]},
+    },
+    {
+        "step": 9,
+        "event": "decision",
+        "ranks": {"decoder.layers.0.q": 1, "encoder.layers.0.q": 1, "encoder.layers.1.q": 0},
+        "pruned": {"encoder.layers.0.q": [0], "encoder.layers.1.q": [0]},
+    },
+]
+
+
+def test_which_rank_was_pruned_when() -> None:
+    fates = fates_of(PRUNED)
+    expected = {"decoder.layers.0.q": [5, None, 5], "encoder.layers.0.q": [9, None], "encoder.layers.1.q": [9]}
+    assert (fates.verb, fates.modules, fates.span) == ("pruned", expected, (5, 9))
+    assert fates.layers == [(0, "decoder 0"), (1, "encoder 0"), (2, "1")]
+    assert str(fates.steps()) == str([[5.0, 9.0, 9.0], [NAN, NAN, NAN], [5.0, NAN, NAN]])
+    assert str(fates.unchanged()) == str([[NAN, NAN, NAN], [1.0, 1.0, NAN], [NAN, NAN, NAN]])
+
+
+def test_ranks_without_identity_go_from_the_last_on() -> None:
+    counts = [{key: value for key, value in line.items() if key != "pruned"} for line in PRUNED]
+    assert fates_of(counts).modules == {
+        "decoder.layers.0.q": [None, 5, 5],
+        "encoder.layers.0.q": [None, 9],
+        "encoder.layers.1.q": [9],
+    }
+
+
+def test_ranks_that_open() -> None:
+    history = [{"step": step, "ranks": {"h.0": a, "h.1": b}} for step, a, b in [(0, 1, 1), (3, 3, 1), (6, 4, 1)]]
+    fates = fates_of(history)
+    assert (fates.verb, fates.modules) == ("opened", {"h.0": [None, 3, 3, 6], "h.1": [None]})
+    titles = [axes.get_title(loc="left") for axes in plot_ranks(history).axes]
+    assert "When each rank was opened (black: there from the start)" in titles
+
+
+def test_fixed_ranks_have_no_fates() -> None:
+    assert fates_of([{"step": 0, "ranks": {"h.0": 2}}, {"step": 9, "ranks": {"h.0": 2}}]) is None
+    assert fates_of([{"step": 0, "event": "log"}]) is None
+    assert len(plot_ranks([{"step": 0, "ranks": {"h.0": 2}}]).axes) == 3  # the map, its bar, the curve
 
 
 def test_history_without_ranks_is_refused(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,10 +19,9 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .ranks import get_rank_pattern
+from .reporting.picture import PICTURE_FILE, RANKS_FILE, plot_ranks
 from .tuners.adaptive import AdaptiveRankTuner, RankLayer
 
-
-RANKS_FILE = "ranks.jsonl"
 
 # which callback drives a tuner in which training, so that a second one stays idle
 _drivers: WeakKeyDictionary[AdaptiveRankTuner, tuple[TrainerState, RankAllocationCallback]] = WeakKeyDictionary()
@@ -38,10 +38,12 @@ class RankAllocationCallback(TrainerCallback):
 
     Args:
         log (`bool` or `Callable[[dict], None]`): True prints the plan and writes `ranks.jsonl`: a line at the start, at
-            every logging step, at every decision (with the rank of every module) and at the end. A callable gets the
-            scalars `rank/total`, `rank/mean`, `rank/budget`, `orthogonality`, `allocation/window` and
-            `parameters/trainable` besides: with `trainer.add_callback(RankAllocationCallback(log=trainer.log))` they
-            reach TensorBoard, W&B and trackio. False is silent.
+            every logging step, at every decision (with the rank of every module) and at the end; and its picture,
+            `ranks.png`, at the end, where matplotlib is installed. Both are copied beside the adapter when it is saved
+            after that. A callable gets the scalars `rank/total`, `rank/mean`, `rank/budget`, `orthogonality`,
+            `allocation/window` and `parameters/trainable` besides: with
+            `trainer.add_callback(RankAllocationCallback(log=trainer.log))` they reach TensorBoard, W&B and trackio.
+            False is silent.
         output_dir (`str`, *optional*): Folder of `ranks.jsonl`, by default the Trainer's.
 
     Raises:
@@ -57,6 +59,7 @@ class RankAllocationCallback(TrainerCallback):
         self._tuner: AdaptiveRankTuner | None = None
         self._decided = False
         self._answered: dict[str, int] = {}
+        self._living: dict[str, list[int]] = {}
 
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
@@ -83,6 +86,7 @@ class RankAllocationCallback(TrainerCallback):
             tuner.check_resumed(state.global_step, checkpoint if _uses_deepspeed() else None)
         if not self.log:
             return
+        self._living = tuner.living_ranks()
         scalars = tuner.rank_summary()  # on every process: sharded factors are gathered together
         if state.is_world_process_zero:
             print(plan)
@@ -165,6 +169,9 @@ class RankAllocationCallback(TrainerCallback):
         self._tuner.finalize(None if sharded else optimizer, compact=not sharded and args.world_size == 1)
         if self.log:
             self._report(args, state, control, model, "end")
+            if state.is_world_process_zero:
+                self._draw(args)
+            self._tuner.record_folder = self._path(args).parent
         _drivers.pop(self._tuner, None)
         self._tuner = None
 
@@ -181,13 +188,30 @@ class RankAllocationCallback(TrainerCallback):
         # on every process: sharded factors are gathered together
         scalars = self._tuner.rank_summary()
         if state.is_world_process_zero:
-            ranks = {} if event == "log" else {"ranks": get_rank_pattern(model)}
+            ranks = {} if event == "log" else {"ranks": get_rank_pattern(model), **self._pruned()}
             self._write(args, {"step": state.global_step, "event": event, **scalars, **ranks})
         if callable(self.log):
             # the Trainer's log clears the flag that its own log of this step waits for
             should_log = control.should_log
             self.log(scalars)
             control.should_log = should_log
+
+    def _pruned(self) -> dict[str, dict[str, list[int]]]:
+        """The ranks that are gone since the last line that told of it, by module."""
+        before, self._living = self._living, self._tuner.living_ranks()
+        gone = {name: sorted(set(before.get(name, ())) - set(left)) for name, left in self._living.items()}
+        gone = {name: numbers for name, numbers in gone.items() if numbers}
+        return {"pruned": gone} if gone else {}
+
+    def _draw(self, args: TrainingArguments) -> None:
+        path = self._path(args)
+        try:
+            plot_ranks(path, path.with_name(PICTURE_FILE))
+        except ImportError:
+            # pictures are an extra
+            return
+        except Exception as error:  # noqa: BLE001 - whatever it is, the trained adapter is still to be saved
+            warnings.warn(f"There is no picture of the ranks: {type(error).__name__}: {error}", stacklevel=2)
 
     def _path(self, args: TrainingArguments) -> Path:
         return Path(self.output_dir or args.output_dir, RANKS_FILE)
@@ -201,6 +225,7 @@ class RankAllocationCallback(TrainerCallback):
         partial = path.with_suffix(".partial")
         partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         os.replace(partial, path)
+        path.with_name(PICTURE_FILE).unlink(missing_ok=True)
 
     def _write(self, args: TrainingArguments, line: dict[str, Any]) -> None:
         with self._path(args).open("a", encoding="utf-8") as file:

@@ -109,6 +109,16 @@ def rank_grid(ranks: Mapping[str, int]) -> RankGrid:
     )
 
 
+def layers_of(names: Iterable[str]) -> dict[str, tuple[str, str]]:
+    """Stack and index of the layer that each module is in, as in `RankGrid.rows`."""
+    places = {name: _split(name)[:2] for name in names}
+    labels = _stack_labels(list(dict.fromkeys(stack for stack, index in places.values() if index is not None)))
+    return {
+        name: ("other", "") if index is None else (labels[stack], str(index))
+        for name, (stack, index) in places.items()
+    }
+
+
 def _split(name: str) -> tuple[str, int | None, str]:
     """Stack, index and module type of a module; no index outside of numbered layers."""
     parts = name.split(".")

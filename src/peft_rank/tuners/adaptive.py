@@ -53,6 +53,8 @@ class AdaptiveRankTuner(BaseTuner):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # injection, which the base class starts, needs it
         self._layers: dict[str, dict[str, RankLayer]] = {}
+        # the folder with the record of its training, which saving copies beside the adapter
+        self.record_folder: Path | None = None
         super().__init__(*args, **kwargs)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
@@ -180,6 +182,11 @@ class AdaptiveRankTuner(BaseTuner):
         Raises:
             RuntimeError: If steps of the allocation are missing.
         """
+
+    def living_ranks(self) -> dict[str, list[int]]:
+        """The ranks that are left, by module name, as numbers that each keeps from the start of the allocation on; empty
+        for methods whose ranks have no identity."""
+        return {}
 
     @abstractmethod
     def rank_summary(self) -> dict[str, float]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import accumulate
 
 import safetensors
 import safetensors.torch
@@ -48,7 +49,7 @@ class RankAllocator:
 
     Attributes:
         sizes (`list[int]`): Ranks that exist physically, N in all.
-        index (`torch.Tensor`): (N,) int64 on the CPU, each rank's position in the initial model.
+        index (`torch.Tensor`): (N,) int64 on the CPU, each rank's position in the model that the allocation started from.
         alive (`torch.Tensor`): (N,) bool on the CPU, False where a rank is pruned but not yet removed.
         last_step (`int`): The last optimizer step that was seen.
         recorded (`int`): Number of steps that were recorded in the allocation phase.
@@ -123,6 +124,7 @@ class RankAllocator:
         if self.finished:
             return
         self.initial_sizes = [int(alive.sum()) for alive in self.alive.split(self.sizes)]
+        self.index = self.alive.cumsum(0) - self.alive.long()
         self.last_step = self.recorded = self._rows = 0
         self.decided_step = -1
         self.rolled_back = False
@@ -187,6 +189,12 @@ class RankAllocator:
         self.decided_step = decision.step
         self._rows = 0
         return keep
+
+    def living(self) -> list[list[int]]:
+        """Of each module the ranks that are alive, as positions in the module that the allocation started from."""
+        starts = [0, *accumulate(self.initial_sizes)]
+        parts = zip(self.index.split(self.sizes), self.alive.split(self.sizes), starts, strict=False)
+        return [(index[alive] - start).tolist() for index, alive, start in parts]
 
     def remove_dead(self) -> list[torch.Tensor]:
         """Forget dead ranks; returns the (r,) bool mask of every module that they were removed by."""

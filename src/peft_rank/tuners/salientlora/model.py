@@ -82,6 +82,10 @@ class SalientLoRAModel(AdditiveTuner, SalientLoRATraining):
         config.fan_in_fan_out = check_linear(target, config.fan_in_fan_out, **kwargs)
         return SalientLoRALinear(target, adapter_name, config=config, **kwargs)
 
+    def living_ranks(self) -> dict[str, list[int]]:
+        name = (self._trained_adapters() or self.active_adapters)[0]
+        return dict(zip(self.adapter_layers(name), self.allocator(name).living(), strict=True))
+
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
         for adapter_name in self.active_adapters:
