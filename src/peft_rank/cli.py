@@ -9,6 +9,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import safetensors
@@ -22,7 +23,7 @@ from .calibration import CalibrationStatistics, calibrate
 from .calibration.statistics import statistic_for
 from .calibration.texts import read_texts, sentence_batches, text_batches
 from .decomposition import STATISTIC
-from .export.compressed import densify, load_compressed, save_compressed
+from .export.compressed import add_picture, densify, load_compressed, save_compressed
 from .export.directory import is_compressed, read_compressed
 from .export.lora import export_lora_files
 from .export.snapshot import read_summary
@@ -160,6 +161,8 @@ def _compress(arguments: argparse.Namespace) -> int:
     config.statistics = _statistics(arguments, config, model, tokenizer)
     model = finish_compression(get_peft_model(model, config))
     save_compressed(model, arguments.out, tokenizer=tokenizer)
+    with suppress(ImportError):  # pictures are an extra
+        add_picture(arguments.out)
     print(compressed_table(arguments.out))
     kept = model.num_parameters()
     print(f"{dense_parameters:,} -> {kept:,} parameters ({kept / dense_parameters:.1%}) in {arguments.out}")

@@ -21,7 +21,7 @@ import peft_rank
 import runs_inrank
 import searches
 from cards import Hub, run, snippets
-from peft_rank import export_lora, get_rank_pattern, rank_table
+from peft_rank import RankAllocationCallback, export_lora, get_rank_pattern, rank_table
 from peft_rank.export import card as card_module
 from peft_rank.export.lora import export_lora_files
 from peft_rank.export.snapshot import read_summary
@@ -329,16 +329,51 @@ def test_the_card_of_a_plain_lora_export(llama: TinyModel, tmp_path: Path) -> No
     assert rank_table(model).markdown() in card.text
 
 
-def test_vllm_is_not_promised_what_it_refuses(llama: TinyModel, tmp_path: Path) -> None:
-    export_lora(finished(llama, modules_to_save=["lm_head"]), tmp_path)
-    text = (tmp_path / "README.md").read_text()
+@pytest.mark.parametrize(("r", "expected"), [(1, 8), (8, 8), (9, 16), (16, 16), (33, 64), (300, 320), (512, 512)])
+def test_ranks_that_vllm_takes(r: int, expected: int) -> None:
+    assert f"--max-lora-rank {expected} " in card_module._serving(LoraConfig(r=r, task_type="CAUSAL_LM"))
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"modules_to_save": ["lm_head"]}, "merged model"),
+        ({"bias": "lora_only"}, "merged model"),
+        ({"r": 513}, "up to 512"),
+        ({"task_type": "SEQ_CLS", "modules_to_save": ["classifier", "score"]}, "language models only"),
+        ({"task_type": "SEQ_2_SEQ_LM"}, "language models only"),
+    ],
+)
+def test_vllm_is_not_promised_what_it_refuses(settings: dict[str, Any], reason: str) -> None:
+    text = card_module._serving(LoraConfig(**{"task_type": "CAUSAL_LM", **settings}))
     assert "vllm serve" not in text
-    assert "merged model" in text
+    assert reason in text
 
 
-@pytest.mark.parametrize(("rank", "expected"), [(1, 8), (8, 8), (9, 16), (16, 16), (33, 64)])
-def test_ranks_that_vllm_takes(rank: int, expected: int) -> None:
-    assert card_module._vllm_rank(rank) == expected
+# ---- the record of a training ----
+
+
+def test_record_and_picture_go_with_the_adapter(hub: Hub, llama: TinyModel, tmp_path: Path) -> None:
+    model = adapted(llama)
+    trainer = make_trainer(model, llama, tmp_path / "run", callbacks=[RankAllocationCallback()])
+    trainer.train()
+    trainer.save_model()
+    model.save_pretrained(tmp_path / "adapter")
+    export_lora(model, tmp_path / "lora", pad=True)
+    export_lora_files(tmp_path / "adapter", tmp_path / "lora-from-files")
+    model.push_to_hub("me/my-adapter")
+    record = {name: (tmp_path / "run" / name).read_bytes() for name in ("ranks.jsonl", "ranks.png")}
+    for folder in ("run", "adapter", "lora", "lora-from-files"):
+        for name, content in record.items():
+            assert (tmp_path / folder / name).read_bytes() == content, folder
+        assert (tmp_path / folder / "README.md").read_text().count("](ranks.png)") == 1, folder
+    assert {name: hub.files[name] for name in record} == record
+    assert b"](ranks.png)" in hub.files["README.md"]
+
+
+def test_without_a_record_there_is_no_picture(llama: TinyModel, tmp_path: Path) -> None:
+    finished(llama).save_pretrained(tmp_path)
+    assert "ranks.png" not in (tmp_path / "README.md").read_text()
 
 
 # ---- on the Hub ----

@@ -33,6 +33,7 @@ from peft_rank.tuners.lowrank.config import CompressionConfig
 from peft_rank.tuners.salientlora import SalientLoRAConfig
 
 from .directory import CompressedSummary, guard, is_compressed, read_compressed
+from .record import copy_record, picture_in
 from .snapshot import AdapterSummary, summarize_model
 
 
@@ -40,6 +41,7 @@ CARD_NAME = "README.md"
 START, END = "<!-- peft_rank: start -->", "<!-- peft_rank: end -->"
 LORA_TAGS = ("peft_rank", "adaptive-rank", "salientlora")
 LOW_RANK_TAGS = ("peft_rank", "low-rank")
+VLLM_RANKS = (8, 16, 32, 64, 128, 256, 320, 512)  # what `--max-lora-rank` may be; newer versions allow 1, too
 HERE = "path/or/repository-of-this-adapter"
 MODEL_HERE = "path/or/repository-of-this-model"
 METHODS = {
@@ -115,13 +117,14 @@ def _write_card(
     if not adapters:
         return
     try:
+        copy_record(model, directory)
         card = ModelCard.load(path)
         summaries = {name: summarize_model(model, name) for name in adapters}
         base_model = card.data.base_model or next(iter(adapters.values())).base_model_name_or_path
         # on the disk PEFT's own entry stands, a local folder too; the Hub refuses what is no repository
         base_model = base_model if location == HERE else _repository(base_model)
         _put_data(card, "peft", base_model, [*(tags or []), *_tags(adapters.values())])
-        _put_section(card, _adapter_section(summaries, location))
+        _put_section(card, _adapter_section(summaries, location, picture_in(directory)))
         card.save(path)
     except Exception as error:  # noqa: BLE001 - whatever it is, the adapter is still to be saved
         warnings.warn(f"The model card says nothing of the ranks: {type(error).__name__}: {error}", stacklevel=3)
@@ -145,7 +148,7 @@ def _tags_of(config: AdaptedModulesConfig) -> set[str]:
 # ---- cards ----
 
 
-def lora_card(summary: AdapterSummary, config: LoraConfig, path: Path) -> ModelCard:
+def lora_card(summary: AdapterSummary, config: LoraConfig, path: Path, picture: list[str]) -> ModelCard:
     """
     The card of a plain LoRA export.
 
@@ -153,6 +156,7 @@ def lora_card(summary: AdapterSummary, config: LoraConfig, path: Path) -> ModelC
         summary (`AdapterSummary`): The adapter that was exported.
         config (`LoraConfig`): The configuration of the export.
         path (`Path`): A card that is there already keeps its text outside of our section.
+        picture (`list[str]`): What shows the picture of the ranks, if there is one.
     """
     card = ModelCard.load(path) if path.exists() else ModelCard("---\n{}\n---\n\n# LoRA adapter\n")
     base = config.base_model_name_or_path
@@ -170,14 +174,8 @@ def lora_card(summary: AdapterSummary, config: LoraConfig, path: Path) -> ModelC
         "### Load",
         f"```python\nimport peft\nmodel = {_load_call(config, HERE, summary.num_labels)}\n```",
     ]
-    if config.bias != "none" or set(config.modules_to_save or ()) - {"classifier", "score"}:
-        parts.append("vLLM takes no adapter with trained biases or modules. It serves the merged model.")
-    else:
-        parts.append(
-            f"```shell\nvllm serve {base or 'BASE_MODEL'} --enable-lora --max-lora-rank {_vllm_rank(config.r)} "
-            f"--lora-modules adapter={HERE}\n```"
-        )
-    parts += ["### Ranks", rank_grid(summary.ranks).markdown()]
+    parts.append(_serving(config))
+    parts += ["### Ranks", rank_grid(summary.ranks).markdown(), *picture]
     _put_section(card, "\n\n".join(parts))
     return card
 
@@ -196,7 +194,7 @@ def write_compressed_card(directory: Path, known: Path, location: str = MODEL_HE
         summary = read_compressed(directory)
         base_model = _repository(summary.base_model) or card.data.base_model
         _put_data(card, "transformers", base_model, [*LOW_RANK_TAGS, "compressed"])
-        _put_section(card, _compressed_section(summary, location))
+        _put_section(card, "\n\n".join([_compressed_section(summary, location), *picture_in(directory)]))
         card.save(directory / CARD_NAME)
     except Exception as error:  # noqa: BLE001 - whatever it is, the model is still to be saved
         warnings.warn(f"There is no model card: {type(error).__name__}: {error}", stacklevel=3)
@@ -228,12 +226,26 @@ def _compressed_section(summary: CompressedSummary, location: str) -> str:
     return "\n\n".join(parts)
 
 
+def _serving(config: LoraConfig) -> str:
+    """How vLLM serves a plain LoRA, or why it does not."""
+    if config.task_type not in (None, "CAUSAL_LM"):
+        return "vLLM takes adapters of language models only."
+    if config.bias != "none" or config.modules_to_save:
+        return "vLLM takes no adapter with trained biases or modules. It serves the merged model."
+    if config.r > VLLM_RANKS[-1]:
+        return f"vLLM takes ranks up to {VLLM_RANKS[-1]}. It serves the merged model."
+    return (
+        f"```shell\nvllm serve {config.base_model_name_or_path or 'BASE_MODEL'} --enable-lora "
+        f"--max-lora-rank {_vllm_rank(config.r)} --lora-modules adapter={HERE}\n```"
+    )
+
+
 def _vllm_rank(rank: int) -> int:
-    """vLLM takes powers of two from 8."""
-    return max(8, 1 << (rank - 1).bit_length())
+    """The smallest `--max-lora-rank` that admits the rank."""
+    return next(allowed for allowed in VLLM_RANKS if allowed >= rank)
 
 
-def _adapter_section(summaries: dict[str, AdapterSummary], location: str) -> str:
+def _adapter_section(summaries: dict[str, AdapterSummary], location: str, picture: list[str]) -> str:
     parts = ["## Ranks chosen by peft_rank"]
     for name, summary in summaries.items():
         config = summary.config
@@ -244,6 +256,7 @@ def _adapter_section(summaries: dict[str, AdapterSummary], location: str) -> str
         parts += [_table(rows), rank_grid(summary.ranks).markdown()]
     first = next(iter(summaries.values()))
     parts += [
+        *picture,
         "### Load",
         f"```python\nimport peft_rank, peft\nmodel = {_load_call(first.config, location, first.num_labels)}\n```",
     ]

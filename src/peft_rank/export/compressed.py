@@ -20,6 +20,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME
 
 from peft_rank.ranks import bare_model
+from peft_rank.reporting.picture import PICTURE_FILE, plot_ranks
 from peft_rank.tuners.lowrank.config import CompressionConfig
 from peft_rank.tuners.lowrank.entry import low_rank_modules, read_entry, record_ranks
 
@@ -27,6 +28,7 @@ from .card import CARD_NAME, write_compressed_card
 from .directory import guard, not_compressed, read_compressed
 from .draft import draft_of
 from .quantizer import linear_shape
+from .record import copy_record
 
 
 WEIGHTS = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors|" + re.escape(SAFE_WEIGHTS_INDEX_NAME))
@@ -70,7 +72,7 @@ def save_compressed(
         raise ValueError(
             "`push_to_hub` is no argument here: call `model.push_to_hub(...)`, which uploads the same files."
         )
-    model = plain_model(model)
+    trained, model = model, plain_model(model)
     _check_savable(model)
     directory = Path(directory).resolve()
     if directory.exists() and not directory.is_dir():
@@ -82,9 +84,25 @@ def save_compressed(
         if tokenizer is not None:
             tokenizer.save_pretrained(draft)
         guard(draft)
+        copy_record(trained, draft)
         write_compressed_card(draft, directory / CARD_NAME)
         _move(draft, directory)
     return directory
+
+
+def add_picture(directory: str | os.PathLike[str]) -> None:
+    """
+    Draw the ranks and errors of a saved compressed model beside it, and show the picture in its card.
+
+    Args:
+        directory (`str` or `os.PathLike`): What `save_compressed` wrote.
+
+    Raises:
+        ImportError: If matplotlib is not installed.
+    """
+    directory = Path(directory)
+    plot_ranks(directory, directory / PICTURE_FILE)
+    write_compressed_card(directory, directory / CARD_NAME)
 
 
 def plain_model(model: nn.Module) -> PreTrainedModel:

@@ -18,11 +18,12 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import nn
 
-from peft_rank.ranks import exact_modules
+from peft_rank.ranks import bare_model, exact_modules
 from peft_rank.tuners.salientlora.checkpoint import PEFT_PREFIX, exact_pattern
 
 from .card import CARD_NAME, START, lora_card
 from .draft import draft_of
+from .record import copy_record, picture_in
 from .snapshot import AdapterSnapshot, read_config, read_directory, read_model
 
 
@@ -57,7 +58,7 @@ def export_lora(
         >>> PeftModel.from_pretrained(base_model, "my-lora")  # in any process, without peft_rank
         ```
     """
-    return _write(read_model(model, adapter_name), Path(directory), pad)
+    return _write(read_model(model, adapter_name), Path(directory), pad, bare_model(model))
 
 
 def export_lora_files(
@@ -84,10 +85,10 @@ def export_lora_files(
     snapshot = read_directory(source)
     if base_model is not None:
         snapshot.config.base_model_name_or_path = base_model
-    return _write(snapshot, Path(directory), pad)
+    return _write(snapshot, Path(directory), pad, Path(source))
 
 
-def _write(snapshot: AdapterSnapshot, directory: Path, pad: bool) -> Path:
+def _write(snapshot: AdapterSnapshot, directory: Path, pad: bool, source: nn.Module | Path) -> Path:
     _check_target(directory)
     summary = snapshot.summary
     if summary.total == 0:
@@ -104,7 +105,8 @@ def _write(snapshot: AdapterSnapshot, directory: Path, pad: bool) -> Path:
     with draft_of(directory) as draft:
         save_file(tensors, draft / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         config.save_pretrained(str(draft), auto_mapping_dict=snapshot.config.auto_mapping)
-        lora_card(summary, config, directory / CARD_NAME).save(draft / CARD_NAME)
+        names += copy_record(source, draft)
+        lora_card(summary, config, directory / CARD_NAME, picture_in(draft)).save(draft / CARD_NAME)
         directory.mkdir(exist_ok=True)
         for name in names:
             os.replace(draft / name, directory / name)
