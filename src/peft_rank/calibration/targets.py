@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -44,16 +44,7 @@ def find_targets(model: nn.Module, config: PeftConfig) -> dict[str, nn.Module]:
     # of the tuner these read what belongs to its class alone
     config = tuner._prepare_adapter_config(tuner, config, BaseTuner.get_model_config(model))
     config = _maybe_include_all_linear_layers(config, model)
-    adapters: tuple[str, ...] = ()
-    targets = {}
-    for name, module in model.named_modules():
-        if not name or (adapters and name.startswith(adapters)):
-            continue
-        if isinstance(module, BaseTunerLayer):
-            adapters = (*adapters, f"{name}.")
-        found = tuner._check_target_module_exists(config, name)
-        if found and not isinstance(found, _ExcludedModule):
-            targets[name] = module
+    targets = injected_modules(model, lambda name: is_targeted(tuner, config, name))
     if not targets:
         raise ValueError(
             f"No module of the model is targeted by `target_modules`={config.target_modules!r}"
@@ -63,6 +54,26 @@ def find_targets(model: nn.Module, config: PeftConfig) -> dict[str, nn.Module]:
     for name, module in targets.items():
         weight_shape(name, module)
     return targets
+
+
+def is_targeted(tuner: type[BaseTuner], config: PeftConfig, name: str) -> bool:
+    """Whether a configuration whose `target_modules` is resolved names a module."""
+    found = tuner._check_target_module_exists(config, name)
+    return bool(found) and not isinstance(found, _ExcludedModule)
+
+
+def injected_modules(model: nn.Module, wanted: Callable[[str], bool]) -> dict[str, nn.Module]:
+    """The modules that PEFT visits when it injects an adapter, those inside of an adapter not among them, by full name."""
+    adapters: tuple[str, ...] = ()
+    modules = {}
+    for name, module in model.named_modules():
+        if not name or (adapters and name.startswith(adapters)):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            adapters = (*adapters, f"{name}.")
+        if wanted(name):
+            modules[name] = module
+    return modules
 
 
 def linear(module: nn.Module) -> nn.Module:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     AuxiliaryTrainingWrapper,
@@ -19,6 +19,7 @@ from peft.utils import (
 from peft.utils.other import _get_submodules
 from torch import nn
 
+from ...calibration.targets import injected_modules, is_targeted
 from ...decomposition import Factors
 from ..salientlora.checkpoint import exact_pattern, plain_name
 from .config import CompressionConfig, LowRankConfig
@@ -259,18 +260,11 @@ def _ranks_in(state_dict: dict[str, torch.Tensor]) -> dict[str, int]:
 
 def _targets(model: nn.Module, config: PeftConfig, names: Iterable[str] | None) -> dict[str, nn.Module]:
     """The modules that injection visits: those of the given names, or those that the configuration targets."""
-    targets: dict[str, nn.Module] = {}
-    adapters: tuple[str, ...] = ()
-    for key, module in model.named_modules():
-        if not key or (adapters and key.startswith(adapters)):
-            continue
-        if isinstance(module, BaseTunerLayer):
-            adapters = (*adapters, f"{key}.")
-        name = _uncompiled(key)
-        found = LowRankModel._check_target_module_exists(config, key) if names is None else name in names
-        if found and not isinstance(found, _ExcludedModule):
-            targets[name] = module
-    return targets
+
+    def wanted(key: str) -> bool:
+        return is_targeted(LowRankModel, config, key) if names is None else _uncompiled(key) in names
+
+    return {_uncompiled(key): module for key, module in injected_modules(model, wanted).items()}
 
 
 def _check_factors(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:

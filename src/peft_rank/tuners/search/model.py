@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ...calibration.targets import find_targets, linear, weight_of
+from ..additive import find_tuner
 from ..lowrank.linear import LowRankLinear
 from ..lowrank.plan import (
     check_target,
@@ -75,6 +76,10 @@ class RankSearchModel(RankSearchTraining):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         self._plan: _Plan | None = None
+        config = self.peft_config[adapter_name]
+        if config.modules_to_save is not None:
+            # only masks are trained, and what was asked for
+            config.modules_to_save = list(config.asked_modules_to_save or [])
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         state, self._plan = self._plan.state, None
         self._hook = model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
@@ -222,7 +227,7 @@ class RankSearchModel(RankSearchTraining):
         **kwargs: Any,
     ) -> dict[str, Tensor]:
         entries = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, *args, **kwargs)
-        tuner = _find_tuner(cls, model)
+        tuner = find_tuner(cls, model)
         if tuner is None:
             return entries
         linears, state = tuner._linears(adapter_name), tuner._states.get(adapter_name)
@@ -249,7 +254,7 @@ class RankSearchModel(RankSearchTraining):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: RankSearchConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        tuner, state_dict = _find_tuner(cls, model), dict(state_dict)
+        tuner, state_dict = find_tuner(cls, model), dict(state_dict)
         if tuner is not None:
             if adapter_name in tuner._compact:
                 raise ValueError(
@@ -299,11 +304,6 @@ class RankSearchModel(RankSearchTraining):
 
 def _own_state(layer: SearchLayer) -> dict[str, Tensor]:
     return {key: value for key, value in layer.state_dict().items() if not key.startswith("base_layer.")}
-
-
-def _find_tuner(cls: type[RankSearchModel], model: nn.Module) -> RankSearchModel | None:
-    """The tuner inside a PeftModel; None where only the layers were injected."""
-    return next((module for module in model.modules() if isinstance(module, cls)), None)
 
 
 def _empty(module: nn.Module, rank: int | None) -> SearchFactors | LowRankLinear:
