@@ -138,7 +138,8 @@ def write_results(args: Arguments, runs: list[dict[str, Any]]) -> None:
     run_args, data_args, method_args, training_args = args
     if training_args.process_index != 0:
         return
-    defaults = type(training_args)().to_dict()
+    # TRL's defaults need a GPU
+    defaults = type(training_args)(use_cpu=training_args.use_cpu).to_dict()
     results = {
         "task": data_args.task_name,
         "method": method_args.method,
