@@ -27,7 +27,7 @@ from peft_rank.decomposition import decompose
 from peft_rank.tuners.search import factors
 from runs import logits as outputs
 from searches import METHODS, after, both_methods, config, every_method, masks, optimizer, search, searched
-from tiny_models import TinyModel
+from tiny_models import TINY_MODELS, TinyModel
 
 
 def spent(model: PeftModel, names: list[str]) -> int:
@@ -251,6 +251,27 @@ def test_ranks_that_are_given_are_kept_and_the_others_share_the_rest(method: str
     assert [rank for name, rank in pattern.items() if "q_proj" in name] == [8, 8]
     assert pattern["model.layers.0.mlp.up_proj"] == 5
     assert 0.7 * 18432 - 96 < spent(model, names) <= 0.7 * 18432
+
+
+@both_methods
+def test_a_classifiers_head_stays_as_it_is(method: str, tmp_path: Path) -> None:
+    """Though PEFT adds it to what is trained where a task type is given."""
+    bert = TINY_MODELS["bert"]
+    model = after(method, bert, task_type="SEQ_CLS", target_modules="all-linear")
+    assert all(model.base_model.prefix in name for name in masks(model))
+    assert "classifier" not in model.base_model.adapter_layers("default")
+    evaluated = outputs(model, bert)
+    model.save_pretrained(tmp_path / "search")
+    model.base_model.finalize()
+    model.save_pretrained(tmp_path / "finished")
+    for folder in ("search", "finished"):
+        assert torch.equal(outputs(PeftModel.from_pretrained(bert.make_model(), tmp_path / folder), bert), evaluated)
+    plain = model.get_base_model()
+    assert type(plain.classifier) is nn.Linear
+    assert torch.equal(plain.classifier.weight, bert.make_model().classifier.weight)
+
+    asked = searched(method, bert, task_type="SEQ_CLS", modules_to_save=["classifier"])
+    assert any("classifier" in name for name in masks(asked))
 
 
 @both_methods

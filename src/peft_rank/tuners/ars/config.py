@@ -19,7 +19,7 @@ class AdaptiveRankSVDConfig(RankSearchConfig):
     model has `target_ratio` of its parameters (ARS, NAACL 2024). Only the hypernetwork is trained, by Adam at a learning
     rate of 1e-3 in the paper; fine-tune after `finalize()`.
 
-    Give no `task_type` to compress a fine-tuned classifier: PEFT would train its head along.
+    A classifier's head stays as it is, also with a `task_type`, unless it is named in `modules_to_save`.
 
     Example:
 

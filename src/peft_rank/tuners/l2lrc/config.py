@@ -19,7 +19,7 @@ class L2LRCConfig(RankSearchConfig):
     the dense model, until it has `target_ratio` of its parameters (Learning to Low-Rank Compress). Only the logits are
     trained; the released code uses AdamW at a learning rate of 1e-2. Fine-tune after `finalize()`.
 
-    Give no `task_type` to compress a fine-tuned classifier: PEFT would train its head along.
+    A classifier's head stays as it is, also with a `task_type`, unless it is named in `modules_to_save`.
 
     Example:
 

@@ -73,6 +73,8 @@ class RankSearchConfig(CompressionConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # not a field: PEFT's classes for classification add the head to it, which a search leaves as it is
+        self.asked_modules_to_save = None if self.modules_to_save is None else list(self.modules_to_save)
         if self.decomposition in ITERATIVE:
             raise ValueError(
                 f"`decomposition={self.decomposition!r}` has no singular values to choose from. Search with 'svd', "

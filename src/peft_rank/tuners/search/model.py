@@ -38,6 +38,8 @@ from .training import RankSearchTraining
 
 
 _FACTORS = "factors"
+NO_MODULE = "(none)"
+"""In `modules_to_save`, where PEFT's classes for classification cannot do with nothing."""
 _LINEAR = ("down.weight", "up.weight", "up.bias")
 
 
@@ -79,7 +81,7 @@ class RankSearchModel(RankSearchTraining):
         config = self.peft_config[adapter_name]
         if config.modules_to_save is not None:
             # only masks are trained, and what was asked for
-            config.modules_to_save = list(config.asked_modules_to_save or [])
+            config.modules_to_save = list(config.asked_modules_to_save or [NO_MODULE])
         super().inject_adapter(model, adapter_name, *args, **kwargs)
         state, self._plan = self._plan.state, None
         self._hook = model.register_forward_pre_hook(self._before_forward, with_kwargs=True)
