@@ -10,7 +10,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers.pytorch_utils import Conv1D
 
-from peft_rank import LowRankConfig, calibrate, save_compressed
+from peft_rank import LowRankConfig, calibrate, get_rank_pattern, plot_ranks, save_compressed
+from peft_rank.export.compressed import add_picture
 from peft_rank.reporting.compression import compressed_table, finish_compression, relative_errors
 from tiny_models import TinyModel
 
@@ -82,3 +83,27 @@ def test_table_of_a_directory(llama: TinyModel, tmp_path: Path) -> None:
     model.config.quantization_config["errors"] = None
     save_compressed(model, tmp_path / "without")
     assert all(module.error is None for module in compressed_table(tmp_path / "without").modules.values())
+
+
+def test_picture_of_a_directory(llama: TinyModel, tmp_path: Path) -> None:
+    model = get_peft_model(llama.make_model(), LowRankConfig(rank=8, target_modules=["q_proj", "down_proj"]))
+    ranks = get_rank_pattern(model)
+    model = finish_compression(model)
+    save_compressed(model, tmp_path)
+    assert "ranks.png" not in (tmp_path / "README.md").read_text()
+    add_picture(tmp_path)
+    assert (tmp_path / "ranks.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "README.md").read_text().count("](ranks.png)") == 1
+    errors = [module.error for module in compressed_table(tmp_path).modules.values()]
+    drawn = [
+        sorted(t.get_text() for t in axes.texts if "layer" not in t.get_text())
+        for axes in plot_ranks(tmp_path).axes[:2]
+    ]
+    assert drawn == [sorted(map(str, ranks.values())), sorted(f"{error:.2f}"[1:] for error in errors)]
+
+
+def test_picture_of_a_directory_without_errors(llama: TinyModel, tmp_path: Path) -> None:
+    model = get_peft_model(llama.make_model(), LowRankConfig(rank=8, target_modules=["q_proj"]))
+    model.base_model.finalize()
+    save_compressed(model, tmp_path)
+    assert len(plot_ranks(tmp_path).axes) == 2  # the map of ranks and its bar

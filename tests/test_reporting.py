@@ -13,10 +13,12 @@ import pytest
 from peft import get_peft_model
 from transformers import Trainer
 
+import runs_inrank
+import searches
 from peft_rank import RankAllocationCallback, SalientLoRAConfig, get_rank_pattern, plot_ranks, rank_table
 from peft_rank.reporting import rank_grid
 from peft_rank.reporting.fates import fates_of
-from tiny_models import LAYERS, TinyModel, training_arguments
+from tiny_models import LAYERS, TINY_MODELS, TinyModel, training_arguments
 
 
 LLAMA = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.up_proj")
@@ -209,7 +211,30 @@ def test_ranks_that_open() -> None:
     fates = fates_of(history)
     assert (fates.verb, fates.modules) == ("opened", {"h.0": [None, 3, 3, 6], "h.1": [None]})
     titles = [axes.get_title(loc="left") for axes in plot_ranks(history).axes]
-    assert "When each rank was opened (black: there from the start)" in titles
+    assert "When each rank was opened (black: at the start)" in titles
+
+
+@pytest.mark.parametrize("method", ["inrank", "ars", "l2lrc"])
+def test_pictures_of_the_other_methods(method: str, tmp_path: Path) -> None:
+    bart = TINY_MODELS["bart"]
+    model = runs_inrank.adapted(bart) if method == "inrank" else searches.searched(method, bart)
+    rate = 5e-3 if method == "inrank" else searches.METHODS[method][2]
+    arguments = training_arguments(tmp_path, max_steps=20, learning_rate=rate, logging_steps=2)
+    Trainer(model, arguments, train_dataset=bart.dataset(16), callbacks=[RankAllocationCallback()]).train()
+    assert (tmp_path / "ranks.png").stat().st_size > 0
+    figure = plot_ranks(tmp_path)
+    numbers = [int(text.get_text()) for text in figure.axes[0].texts if text.get_text().isdecimal()]
+    assert sorted(numbers) == sorted(get_rank_pattern(model).values())
+    curves = {line.get_label(): line.get_ydata() for line in figure.axes[1].lines}
+    titles = [axes.get_title(loc="left") for axes in figure.axes]
+    if method == "inrank":
+        assert list(curves["total rank"])[-1] == sum(get_rank_pattern(model).values())
+        assert "budget" not in curves  # it is only an upper bound
+        assert "When each rank was opened (black: at the start)" in titles
+    else:
+        assert set(curves["budget"]) == {0.7}
+        assert curves["kept / dense parameters"][0] == 1
+        assert not [title for title in titles if title.startswith("When")]
 
 
 def test_fixed_ranks_have_no_fates() -> None:

@@ -63,10 +63,11 @@ def fates_of(history: Iterable[Mapping[str, Any]]) -> Fates | None:
         history: Lines of `ranks.jsonl` as dicts.
 
     Returns:
-        `Fates`, or None if no rank of the history changed.
+        `Fates`, or None if no rank of the history changed for good: in a search they come and go.
     """
+    history = list(history)
     lines = [line for line in history if line.get("ranks")]
-    if not lines:
+    if not lines or any("search/ratio" in line for line in history):
         return None
     first, last = lines[0]["ranks"], lines[-1]["ranks"]
     grows = sum(last.values()) > sum(first.values())

@@ -208,25 +208,36 @@ def _label_map(axes: Axes, grid: RankGrid, position: list[int], cell: float) -> 
 
 
 def _draw_totals(axes: Axes, history: list[Mapping[str, Any]]) -> None:
-    points = [(line["step"], line.get("rank/total", total_of(line.get("ranks", {}).values()))) for line in history]
-    budget = [(line["step"], line["rank/budget"]) for line in history if "rank/budget" in line]
-    decisions = [(line["step"], line["rank/total"]) for line in history if line.get("event") == "decision"]
-    if budget:
-        before = points[:1] if points[0][0] < budget[0][0] else []
-        wide = {"color": COLORS["budget"], "lw": 5, "alpha": 0.6}
-        axes.step(*zip(*before, *budget, strict=True), where="post", label="budget", **wide)
-    axes.step(*zip(*points, strict=True), where="post", color=COLORS["total"], lw=1.6, label="total rank")
+    """Total rank and budget over the training; where modules may stay dense, the kept parameters and their target."""
+    searches = any("search/ratio" in line for line in history)
+    total, budget = ("search/ratio", "search/target") if searches else ("rank/total", "rank/budget")
+    label = "kept / dense parameters" if searches else "total rank"
+    if not searches:
+        history = [{total: total_of(line.get("ranks", {}).values()), **line} for line in history]
+    points = [(line["step"], line[total]) for line in history if total in line]
+    _draw_budget(axes, [(line["step"], line[budget]) for line in history if budget in line], points)
+    axes.step(*zip(*points, strict=True), where="post", color=COLORS["total"], lw=1.6, label=label)
+    decisions = [(line["step"], line[total]) for line in history if line.get("event") == "decision"]
     if decisions:
         axes.plot(*zip(*decisions, strict=True), "o", color=COLORS["total"], ms=5, label="decision")
-    axes.set_ylim(bottom=0, top=1.08 * max(total for _, total in points))
+    axes.set_ylim(bottom=0, top=1.08 * max(value for _, value in points))
     axes.set_xlabel("optimizer step", fontsize=9)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.yaxis.get_major_locator().set_params(integer=True)
+    axes.yaxis.get_major_locator().set_params(integer=not searches)
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color="0.9")
     axes.tick_params(labelsize=8)
     axes.legend(frameon=False, fontsize=9)
-    axes.set_title("Total rank in training", fontsize=10, loc="left")
+    axes.set_title("Search for ranks" if searches else "Total rank in training", fontsize=10, loc="left")
+
+
+def _draw_budget(axes: Axes, budget: list[tuple[int, float]], points: list[tuple[int, float]]) -> None:
+    """The budget, from the first point on; a bound that is nowhere near the points is left out."""
+    if not budget or min(value for _, value in budget) > 1.08 * max(value for _, value in points):
+        return
+    before = points[:1] if points[0][0] < budget[0][0] else []
+    wide = {"color": COLORS["budget"], "lw": 5, "alpha": 0.6}
+    axes.step(*zip(*before, *budget, strict=True), where="post", label="budget", **wide)
 
 
 def _draw_fates(axes: Axes, fates: Fates) -> None:
@@ -239,6 +250,7 @@ def _draw_fates(axes: Axes, fates: Fates) -> None:
     axes.imshow(fates.unchanged(), cmap=ListedColormap(["black"]), **shown)
     image = axes.imshow(fates.steps(), cmap=_without_its_end(RANKS), vmin=fates.span[0], vmax=fates.span[1], **shown)
     bar = axes.figure.colorbar(image, ax=axes, pad=0.01, aspect=12)
+    bar.locator.set_params(nbins=6, integer=True, min_n_ticks=1)
     bar.set_label("optimizer step")
     bar.outline.set_visible(False)
     every = -(-len(fates.layers) // 20)
@@ -251,7 +263,7 @@ def _draw_fates(axes: Axes, fates: Fates) -> None:
     axes.yaxis.get_major_locator().set_params(integer=True)
     axes.tick_params(labelsize=8)
     axes.spines[["top", "right"]].set_visible(False)
-    otherwise = "never" if fates.verb == "pruned" else "there from the start"
+    otherwise = "never" if fates.verb == "pruned" else "at the start"
     axes.set_title(f"When each rank was {fates.verb} (black: {otherwise})", fontsize=10, loc="left")
 
 
