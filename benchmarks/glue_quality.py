@@ -94,7 +94,7 @@ def score(metric: str, logits: np.ndarray, labels: np.ndarray) -> float:
         "f1_accuracy": lambda: (f1_score(labels, predictions) + accuracy_score(labels, predictions)) / 2,
         "correlation": lambda: (pearsonr(predictions, labels)[0] + spearmanr(predictions, labels)[0]) / 2,
     }[metric]()
-    return round(100 * float(value), 3)
+    return round(100 * float(np.nan_to_num(value)), 3)  # a training that diverged has no correlation
 
 
 class Training(GraphedTraining):

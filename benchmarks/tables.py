@@ -12,6 +12,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from _common import RESULTS
+from _quality_tables import best, grid, read_study
 
 
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
@@ -140,6 +141,28 @@ def glue_by_rank(result: dict[str, Any], task: str) -> str:
         if any((method, *column) in means for column in columns)
     ]
     return table(["decomposition", *(f"{fifths}/5 {stage}" for fifths, stage in columns)], lines)
+
+
+def quality() -> list[str]:
+    """The studies of quality at equal budget, as far as they have been run."""
+    parts = []
+    for name, title, unit, sign, digits in (
+        ("glue_quality", "Quality: GLUE, MiniLM-L6 (22.7 M)", "Points, higher is better", 1, 1),
+        ("instruct_quality", "Quality: instructions, SmolLM2-135M", "Validation loss, lower is better", -1, 4),
+    ):
+        path = RESULTS / f"{name}.jsonl"
+        if path.exists():
+            environment, runs, tasks = read_study(path)
+            note = (
+                f"{unit}. The same grid of learning rates for every method with the first seed; the best with the "
+                "others. Parameters: trained at the start, and left at the end.\n"
+            )
+            parts += [f"## {title}\n", note, origin({"environment": environment})]
+            head, *lines = best(runs, tasks, sign, digits)
+            parts += [table(head, lines), "### The grid\n"]
+            head, *lines = grid(runs, digits)
+            parts += [table(head, lines)]
+    return parts
 
 
 def compression() -> list[str]:
@@ -316,6 +339,7 @@ def main() -> None:
     for path in sorted(RESULTS.glob("decision_*.json")):
         result = json.loads(path.read_text())
         parts += [origin(result), decisions(result)]
+    parts += quality()
     parts += compression()
     parts += learned()
     parts += adaptation()

@@ -1,0 +1,70 @@
+# Copyright 2026 The peft_rank authors. Licensed under the Apache License, Version 2.0.
+"""Tables of the studies of quality: files of one training a line, as `_trainings.Study` writes them."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+
+NAMES = {"lora": "LoRA", "rslora": "rsLoRA", "adalora": "AdaLoRA", "salientlora": "SalientLoRA"}
+Runs = dict[tuple, dict[str, dict[str, Any]]]  # (rank, method, ablation, lr, seed) -> task -> row
+
+
+def read_study(path: Path) -> tuple[dict[str, Any], Runs, list[str]]:
+    """Environment, the runs that are complete over all tasks, and the tasks."""
+    head, *rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [row for row in rows if "method" in row]
+    runs: Runs = {}
+    for row in rows:
+        key = (row["rank"], row["method"], row["ablation"], row["lr"], row["seed"])
+        runs.setdefault(key, {})[row["task"]] = row
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    return head["environment"], {key: run for key, run in runs.items() if len(run) == len(tasks)}, tasks
+
+
+def total(run: dict[str, dict[str, Any]]) -> float:
+    """Mean over the tasks; a training that diverged counts as 0."""
+    return mean(0.0 if math.isnan(row["metric"]) else row["metric"] for row in run.values())
+
+
+def spread(values: list[float], digits: int) -> str:
+    return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
+
+
+def grid(runs: Runs, digits: int) -> list[list[str]]:
+    """The mean over the tasks for every learning rate, first seed."""
+    first = min(key[4] for key in runs)
+    lrs = sorted({key[3] for key in runs})
+    lines = []
+    for rank, method in sorted({key[:2] for key in runs}, key=lambda cell: (cell[0], list(NAMES).index(cell[1]))):
+        cells = [runs.get((rank, method, "", lr, first)) for lr in lrs]
+        lines.append([rank, NAMES[method], *("" if run is None else f"{total(run):.{digits}f}" for run in cells)])
+    return [["final rank", "method", *(f"{lr:g}" for lr in lrs)], *lines]
+
+
+def best(runs: Runs, tasks: list[str], sign: int, digits: int) -> list[list[str]]:
+    """Every method at its best learning rate, then the ablations at the same: mean and deviation over the seeds."""
+    first = min(key[4] for key in runs)
+    lines = []
+    for rank, method in sorted({key[:2] for key in runs}, key=lambda cell: (cell[0], list(NAMES).index(cell[1]))):
+        rates = {key[3]: total(run) for key, run in runs.items() if key[:3] == (rank, method, "") and key[4] == first}
+        lr = max(rates, key=lambda rate: sign * rates[rate])
+        for ablation in dict.fromkeys(key[2] for key in runs if key[:2] == (rank, method)):
+            seeds = [run for key, run in runs.items() if key[:4] == (rank, method, ablation, lr)]
+            if not seeds:
+                continue
+            cells = (
+                [spread([run[task]["metric"] for run in seeds], digits) for task in tasks] if len(tasks) > 1 else []
+            )
+            row = seeds[0][tasks[0]]
+            parameters = [f"{row['initial_parameters']:,}", f"{row['final_parameters']:,}"]
+            name = NAMES[method] + (f", {ablation}" if ablation else "")
+            lines.append(
+                [rank, name, f"{lr:g}", len(seeds), *cells, spread([total(r) for r in seeds], digits), *parameters]
+            )
+    head = tasks if len(tasks) > 1 else []
+    return [["final rank", "method", "rate", "seeds", *head, "mean", "parameters", "at the end"], *lines]
