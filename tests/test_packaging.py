@@ -104,13 +104,13 @@ def test_requirements_and_extras() -> None:
     assert not runtime["transformers"].specifier.contains("4.57.0")
 
 
-def test_constraints_pin_what_the_two_commands_install() -> None:
+def test_constraints_pin_what_the_commands_install() -> None:
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
     pins = dict(line.split("==") for line in lines if not line.startswith("#"))
     pins = {canonicalize_name(name): version for name, version in pins.items()}
     assert pins["torch"] == "2.13.0"
     for item in _requirements():
-        if item.marker is None or any(item.marker.evaluate({"extra": extra}) for extra in ("test", "demo")):
+        if item.marker is None or any(item.marker.evaluate({"extra": extra}) for extra in ("test", "demo", "docs")):
             assert canonicalize_name(item.name) in pins, f"{item} is not pinned"
             assert item.specifier.contains(pins[canonicalize_name(item.name)], prereleases=True), item
 

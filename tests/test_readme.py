@@ -29,6 +29,8 @@ def _save_models(folder: Path) -> None:
     models = {
         "sentence-transformers/all-MiniLM-L6-v2": BertModel(BertConfig(vocab_size=VOCAB, **encoder)),
         "HuggingFaceTB/SmolLM2-135M": TINY_MODELS["llama"].make_model(max_position_embeddings=64),
+        "microsoft/deberta-v3-base": TINY_MODELS["deberta-v3"].make_model(max_position_embeddings=64),
+        "facebook/bart-base": TINY_MODELS["bart"].make_model(max_position_embeddings=64),
     }
     for name, model in models.items():
         model.save_pretrained(folder / name)
