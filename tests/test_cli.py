@@ -18,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerFast
 from peft_rank import (
     LowRankConfig,
     LowRankLinear,
+    cli,
     export_lora,
     get_rank_pattern,
     load_compressed,
@@ -298,6 +299,23 @@ def test_compress_by_name_and_without_a_tokenizer(llama: TinyModel, tmp_path: Pa
     }
 
 
+def test_compress_refuses_what_it_can_before_the_model_is_loaded(
+    decoder_files: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    monkeypatch.setattr(cli, "_load", None)
+    model = str(decoder_files / "model")
+    for out, how in ((model, []), (str(decoder_files / "text.txt"), []), ("out", ["--decomposition", "fisher"])):
+        assert main(["compress", model, out, *SIZE, *how]) == 2
+        assert "peft-rank: error" in capsys.readouterr().err
+
+
+def test_compress_shows_no_warnings_for_developers(
+    decoder_files: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    assert main(["compress", str(decoder_files / "model"), str(tmp_path / "out"), *SIZE]) == 0
+    assert "deprecated" not in capsys.readouterr().err
+
+
 def test_compress_an_encoder(tmp_path: Path, decoder_files: Path) -> None:
     save_with_tokenizer(TINY_MODELS["bert"], tmp_path / "model")
     text = ["--text", str(decoder_files / "text.jsonl"), "--text-column", "story", "--samples", "16", "--length", "8"]
@@ -367,6 +385,9 @@ def test_errors_of_compressed_models(decoder_files: Path, tmp_path: Path, capsys
         (["compress", model, out, *SIZE, *whitening, "--statistics", "no.safetensors"], "does not exist"),
         (["compress", str(tmp_path / "t5"), out, *SIZE, *whitening, "--text", text], "calibrate"),
         (["compress", model, out, *SIZE, "--target-modules", "query"], "target"),
+        (["compress", model, model, *SIZE], "Name another directory"),
+        (["compress", good, out, *SIZE], "densify"),
+        (["compress", model, text, *SIZE], "is a file"),
         (["compress", str(tmp_path / "missing"), out, *SIZE], "missing"),
         (["inspect", str(tmp_path / "cut")], "damaged"),
         (["export", str(tmp_path / "cut"), out], "damaged"),

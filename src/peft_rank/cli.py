@@ -45,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     arguments = _parser().parse_args(argv)
     with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # what libraries tell developers
         warnings.showwarning = _show_warning
         try:
             return arguments.run(arguments)
@@ -154,6 +155,12 @@ def _compress(arguments: argparse.Namespace) -> int:
         target_modules=_targets(arguments.target_modules) or (None if arguments.rank_pattern else "all-linear"),
         exclude_modules=_targets(arguments.exclude_modules),
     )
+    _check_out(arguments.out, arguments.model)
+    if statistic_for(config.decomposition) is not None and arguments.text is None and arguments.statistics is None:
+        raise ValueError(
+            f"--decomposition {config.decomposition} weighs by statistics: give a text to calibrate on, --text FILE, or what "
+            "was saved of one, --statistics FILE."
+        )
     model, tokenizer = _load(arguments)
     if type(model).__name__.endswith("ForSequenceClassification"):
         config.task_type = "SEQ_CLS"  # 'all-linear' leaves the classifier out
@@ -167,6 +174,14 @@ def _compress(arguments: argparse.Namespace) -> int:
     kept = model.num_parameters()
     print(f"{dense_parameters:,} -> {kept:,} parameters ({kept / dense_parameters:.1%}) in {arguments.out}")
     return 0
+
+
+def _check_out(out: str, model: str) -> None:
+    """Before anything takes long."""
+    if os.path.realpath(out) == os.path.realpath(model):
+        raise ValueError(f"{out} is the model itself. Name another directory.")
+    if os.path.isfile(out):
+        raise ValueError(f"{out} is a file. Name another directory.")
 
 
 def _targets(names: list[str] | None) -> list[str] | str | None:
@@ -202,11 +217,6 @@ def _statistics(
         return None
     if arguments.statistics is not None:
         return CalibrationStatistics.load(arguments.statistics)
-    if arguments.text is None:
-        raise ValueError(
-            f"--decomposition {config.decomposition} weighs by statistics: give a text to calibrate on, --text FILE, or what "
-            "was saved of one, --statistics FILE."
-        )
     causal = type(model).__name__.endswith(("ForCausalLM", "LMHeadModel"))
     if not causal and (needed in ("fisher", "importance") or model.config.is_encoder_decoder):
         raise ValueError(
@@ -288,8 +298,7 @@ def _export(arguments: argparse.Namespace) -> int:
         return 0
     if arguments.pad or arguments.base:
         raise ValueError("--pad and --base are for adapters; a compressed model is written as a dense one.")
-    if os.path.realpath(arguments.out) == os.path.realpath(arguments.dir):
-        raise ValueError(f"{arguments.out} is the compressed model itself. Name another directory.")
+    _check_out(arguments.out, arguments.dir)
     densify(load_compressed(arguments.dir)).save_pretrained(arguments.out)
     try:
         AutoTokenizer.from_pretrained(arguments.dir).save_pretrained(arguments.out)

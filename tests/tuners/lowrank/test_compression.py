@@ -14,7 +14,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
 
 from compressions import compressed, config, matrix, targets
-from peft_rank import LowRankConfig, calibrate, get_rank_pattern
+from peft_rank import AdaptiveRankSVDConfig, LowRankConfig, calibrate, densify, get_rank_pattern
 from peft_rank.allocation.parameters import parameter_budget, spectral_ranks
 from peft_rank.decomposition import ITERATIVE, STATISTIC, decompose, weighted_spectrum
 from peft_rank.tuners.lowrank import FactorizedLinear
@@ -340,6 +340,28 @@ def test_adapters_of_other_methods_are_refused(llama: TinyModel) -> None:
     model = get_peft_model(llama.make_model(), LoraConfig(r=2, target_modules=["q_proj"])).base_model.model
     del model.peft_config
     refuse(model, LowRankConfig(rank=4, target_modules=["q_proj"]), TypeError, "has an adapter of another method")
+
+
+@pytest.mark.parametrize("config_class", [LowRankConfig, AdaptiveRankSVDConfig])
+@pytest.mark.parametrize("targets", ["all-linear", ["up"], ["q_proj"]], ids=str)
+def test_what_is_compressed_already_is_refused(llama: TinyModel, config_class: type, targets: Any) -> None:
+    """Factors of factors are a model that nothing could build again; the product is better to compress anyway."""
+    size = {"ratio": 0.9} if config_class is LowRankConfig else {"target_ratio": 0.9}
+    made = config_class(target_modules=targets, rank_multiple=1, **size)
+    model = compressed(llama, rank=8)
+    model.base_model.finalize()
+    plain = model.get_base_model()
+    refuse(plain, made, TypeError, r"layers\.0\.\S+ is (compressed already.*densify\(model\)|a LowRankLinear, which)")
+    again = get_peft_model(densify(plain), config_class(target_modules="all-linear", rank_multiple=1, **size))
+    assert again.base_model is not None
+
+
+def test_what_was_left_dense_can_be_compressed_later(llama: TinyModel) -> None:
+    model = compressed(llama, rank_pattern={"up_proj": 8}, target_modules=["up_proj"])
+    model.base_model.finalize()
+    model = get_peft_model(model.get_base_model(), LowRankConfig(rank_pattern={"gate_proj": 6}))
+    model.base_model.finalize()
+    assert sorted(get_rank_pattern(model).values()) == [6, 6, 8, 8]
 
 
 class Scaled(nn.Linear):

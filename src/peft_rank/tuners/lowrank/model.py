@@ -25,7 +25,7 @@ from ..salientlora.checkpoint import exact_pattern, plain_name
 from .config import CompressionConfig, LowRankConfig
 from .entry import record_compression
 from .layer import FactorizedLinear
-from .plan import check_target, check_untied, choose_ranks, device_of, empty_factors, factorize
+from .plan import check_dense, check_target, check_untied, choose_ranks, device_of, empty_factors, factorize
 
 
 @dataclass
@@ -225,6 +225,7 @@ class LowRankModel(CompressionTuner):
     def _factors(self, config: LowRankConfig, injection: _Injection) -> dict[str, Factors]:
         """Factors of all modules that do not stay dense."""
         modules = _targets(self.model, config, injection.ranks)
+        check_dense(modules, self.model)
         kwargs = get_quantization_kwargs(self)
         shapes = {name: check_target(name, module, **kwargs) for name, module in modules.items()}
         ranks, splits = injection.ranks, {}

@@ -33,6 +33,7 @@ from ...decomposition.parallel import in_parallel, workers_within
 from ...decomposition.svd import balanced
 from .config import CompressionConfig, LowRankConfig
 from .layer import FactorizedLinear
+from .linear import LowRankLinear
 
 
 T = TypeVar("T")
@@ -77,6 +78,22 @@ def check_target(name: str, module: nn.Module, **kwargs: Any) -> Shape:
     if base.weight.element_size() < 2:
         raise TypeError(f"The weight of target module {name} is {base.weight.dtype}, too coarse to decompose. {leave}")
     return shape
+
+
+def check_dense(names: Iterable[str], model: nn.Module) -> None:
+    """
+    Refuse linears of limited rank, and their factors.
+
+    Raises:
+        TypeError: If there is one.
+    """
+    for name in names:
+        owners = (model.get_submodule(owner) for owner in (name, name.rpartition(".")[0]))
+        if any(isinstance(owner, LowRankLinear) for owner in owners):
+            raise TypeError(
+                f"Target module {name} is compressed already. To compress it further, go back to its dense weight first: "
+                "`peft_rank.densify(model)`. Or leave it out of `target_modules`."
+            )
 
 
 def check_untied(names: Iterable[str], modules: Mapping[str, nn.Module], model: nn.Module) -> None:

@@ -22,6 +22,7 @@ from ...calibration.targets import find_targets, linear, weight_of
 from ..additive import find_tuner
 from ..lowrank.linear import LowRankLinear
 from ..lowrank.plan import (
+    check_dense,
     check_target,
     check_untied,
     multiples,
@@ -118,6 +119,7 @@ class RankSearchModel(RankSearchTraining):
     def _make_plan(self, config: RankSearchConfig) -> _Plan:
         """What happens to every targeted module; checks all that can be wrong with them."""
         modules = find_targets(self.model, config)
+        check_dense(modules, self.model)
         kwargs = get_quantization_kwargs(self)
         shapes = {name: check_target(name, module, **kwargs) for name, module in modules.items()}
         check_untied(modules, modules, self.model)
