@@ -136,7 +136,10 @@ class GraphedTraining:
             self.tuner.resolve_schedule(self.steps)
             self.tuner._record = self._record_snapshot
         if self.adalora:
-            self.tuner.rankallocator.update_ipt = lambda model: None
+            allocator = self.tuner.rankallocator
+            allocator.update_ipt = lambda model: None
+            named = self.tuner.model.named_parameters()
+            self.averaged = {n: p for n, p in named if "lora_" in n and allocator.adapter_name in n}
         parameters = [p for p in model.parameters() if p.requires_grad]
         self.initial_parameters = sum(p.numel() for p in parameters)
         cuda = self.device.type == "cuda"
@@ -169,15 +172,21 @@ class GraphedTraining:
         self.tuner.allocator(adapter_name).record([self.snapshot[0]], self.snapshot[1])
 
     def _update_importance(self) -> None:
-        """AdaLoRA's moving averages, which PEFT keeps in new tensors every step, in the same ones."""
-        allocator = self.tuner.rankallocator
-        averages = (allocator.ipt, allocator.exp_avg_ipt, allocator.exp_avg_unc)
-        kept = [dict(average) for average in averages]
-        type(allocator).update_ipt(allocator, self.tuner.model)
-        for average, old in zip(averages, kept, strict=True):
-            if old:
-                torch._foreach_copy_(list(old.values()), [average[key] for key in old])
-                average.update(old)
+        """AdaLoRA's moving averages, as its `update_ipt` has them: in place and for all factors together, without which
+        they take most of the step."""
+        allocator, parameters = self.tuner.rankallocator, self.averaged
+        averages, deviations = allocator.exp_avg_ipt, allocator.exp_avg_unc
+        for name, parameter in parameters.items():
+            averages.setdefault(name, torch.zeros_like(parameter))
+            deviations.setdefault(name, torch.zeros_like(parameter))
+        with torch.no_grad():
+            importance = torch._foreach_mul(list(parameters.values()), [p.grad for p in parameters.values()])
+            torch._foreach_abs_(importance)
+            averages, deviations = ([average[name] for name in parameters] for average in (averages, deviations))
+            torch._foreach_lerp_(averages, importance, 1 - allocator.beta1)
+            difference = torch._foreach_sub(importance, averages)
+            torch._foreach_abs_(difference)
+            torch._foreach_lerp_(deviations, difference, 1 - allocator.beta2)
 
     def _capture(self, parameters: list[nn.Parameter]) -> torch.cuda.CUDAGraph:
         if self.salient:
@@ -201,7 +210,7 @@ class GraphedTraining:
         with torch.no_grad():
             torch._foreach_copy_(parameters, before)
             allocator = self.tuner.rankallocator if self.adalora else None
-            averages = (allocator.ipt, allocator.exp_avg_ipt, allocator.exp_avg_unc) if self.adalora else ()
+            averages = (allocator.exp_avg_ipt, allocator.exp_avg_unc) if self.adalora else ()
             for state in (*self.optimizer.state.values(), *averages):
                 for value in state.values():
                     value.zero_()
