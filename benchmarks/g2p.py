@@ -11,6 +11,7 @@ SalientLoRA ends with on average. Every row holds the figures of both splits; th
 
 from __future__ import annotations
 
+import json
 import sys
 import tempfile
 from argparse import Namespace
@@ -39,11 +40,12 @@ def flags(args: Namespace, output_dir: str, **settings: Any) -> list[str]:
     return [text for name, value in values.items() if value is not None for text in (f"--{name}", str(value))]
 
 
-def measure(args: Namespace, method: str, rate: float, seed: int, **settings: Any) -> dict[str, Any]:
-    """One training."""
+def measure(args: Namespace, method: str, rate: float, seed: int) -> dict[str, Any]:
+    """One training; none is the model as it is, after a step of length 0."""
     chosen = {"method": method, "learning_rate": rate, "seed": seed}
+    trained = chosen | ({"method": "full", "max_steps": 1} if method == "none" else {})
     with tempfile.TemporaryDirectory() as folder:
-        report = run(parse([str(CONFIG), *flags(args, folder, **chosen, **settings)]))
+        report = run(parse([str(CONFIG), *flags(args, folder, **trained)]))
     return chosen | {"validation": report["metrics"], "test": report["test"]} | {key: report[key] for key in KEPT}
 
 
@@ -56,8 +58,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argument_parser(__doc__, "g2p")
     parser.add_argument("--model", required=True, help="the American model, its phoneme tokenizer in a folder of it")
     parser.add_argument("--data", type=Path, required=True, help="folder with the British words")
-    parser.add_argument("--rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3, 1e-2])
+    parser.add_argument("--rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3, 1e-2, 3e-2])
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--resume", action="store_true", help="keep the rows of the result file and measure the rest")
     parser.add_argument("--max-train-samples", type=int, help="for a try-out")
     parser.add_argument("--max-eval-samples", type=int, help="for a try-out")
     args = parser.parse_args(argv)
@@ -73,16 +76,17 @@ def main(argv: list[str] | None = None) -> None:
         "batch": training_args.per_device_train_batch_size,
         "epochs": training_args.num_train_epochs,
     }
-    # The model as it is: a step of length 0.
-    rows = [measure(args, "full", 0.0, args.seeds[0], max_steps=1) | {"method": "none"}]
-    store(args.output, rows, **settings)
+    rows = json.loads(args.output.read_text())["rows"] if args.resume else []
 
     def add(method: str, rate: float, seed: int) -> None:
+        if any((row["method"], row["learning_rate"], row["seed"]) == (method, rate, seed) for row in rows):
+            return
         rows.append(measure(args, method, rate, seed))
         store(args.output, rows, **settings)
-        rates = [rows[-1][split]["phoneme_error_rate"] for split in ("validation", "test")]
-        print(method, rate, seed, *rates, flush=True)
+        errors = [rows[-1][split]["phoneme_error_rate"] for split in ("validation", "test")]
+        print(method, rate, seed, *errors, flush=True)
 
+    add("none", 0.0, args.seeds[0])
     for rate in args.rates:
         for method in METHODS:
             add(method, rate, args.seeds[0])

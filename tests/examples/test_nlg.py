@@ -393,7 +393,7 @@ def test_other_methods_run(nlg, method, model, files, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_pronunciation_study(nlg, tmp_path):
+def test_pronunciation_study(nlg, tmp_path, monkeypatch):
     """The benchmark on letters that are copied, with a tokenizer for either side and a British letter that has no token."""
     letters, model = list("abcdeO"), tmp_path / "model"
     TINY_MODELS["bart"].make_model(max_position_embeddings=64).save_pretrained(model)
@@ -413,6 +413,9 @@ def test_pronunciation_study(nlg, tmp_path):
     runs = [(row["method"], row["learning_rate"], row["seed"]) for row in result["rows"]]
     trainings = [(method, 1e-2, seed) for seed in (1, 2) for method in nlg.g2p.METHODS]
     assert runs == [("none", 0.0, 1), *trainings]
+    monkeypatch.setattr(nlg.g2p, "run", None)  # a resumed study that is complete trains nothing
+    nlg.g2p.main([*paths, "--rates", "1e-2", "--seeds", "1", "2", "--resume"])
+    assert json.loads(output.read_text())["rows"] == result["rows"]
     ranks = {row["method"]: row["total_rank"] for row in result["rows"]}
     assert ranks == {"none": 0, "full": 0, "lora": 4 * 32, "salientlora": 4 * 32}
     errors = {(row["method"], row["seed"]): row["test"]["phoneme_error_rate"] for row in result["rows"]}
