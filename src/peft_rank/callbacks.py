@@ -34,7 +34,8 @@ class RankAllocationCallback(TrainerCallback):
 
     It resolves the schedule from the real number of steps and prints the plan, adds the regularizer's gradient, records
     every optimizer step that was not skipped, has ranks pruned when a decision is due, and finalizes the adapter at the
-    end of the training. Gradient accumulation, label smoothing, DDP, DeepSpeed ZeRO-1/2/3 and fp16 are taken care of.
+    end of the training. Gradient accumulation, label smoothing, DDP, DeepSpeed ZeRO-1/2/3, FSDP2 and fp16 are taken care
+    of.
 
     Args:
         log (`bool` or `Callable[[dict], None]`): True prints the plan and writes `ranks.jsonl`: a line at the start, at
@@ -70,11 +71,7 @@ class RankAllocationCallback(TrainerCallback):
             # added twice: another callback stays idle, this one is asked a second time
             self._tuner = tuner if driver[1] is self else None
             return
-        if AcceleratorState().distributed_type == DistributedType.FSDP:
-            raise RuntimeError(
-                "Ranks are not allocated under FSDP: its shards of the factors cannot be read step by step. Train with "
-                "DDP or DeepSpeed ZeRO."
-            )
+        _refuse_fsdp(tuner)
         _drivers[tuner] = (state, self)
         self._tuner = tuner
         self._answered.clear()
@@ -83,7 +80,7 @@ class RankAllocationCallback(TrainerCallback):
         plan = tuner.resolve_schedule(state.max_steps)
         if state.global_step > 0:
             checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")
-            tuner.check_resumed(state.global_step, checkpoint if _uses_deepspeed() else None)
+            tuner.check_resumed(state.global_step, checkpoint if _shards() else None)
         if not self.log:
             return
         self._living = tuner.living_ranks()
@@ -127,7 +124,7 @@ class RankAllocationCallback(TrainerCallback):
             return
         self._decided = self._tuner.update_and_allocate(
             step,
-            None if _uses_deepspeed() else optimizer,
+            None if _shards() else optimizer,
             shrink="last" if args.torch_compile else "each",
         )
         if self._decided and self._tuner.allocation_finished:
@@ -165,7 +162,7 @@ class RankAllocationCallback(TrainerCallback):
             return
         # An engine that shards parameters cannot have others, and DDP, which a second `train()` goes on with, would not
         # average the gradients of others. Saving cuts the pruned ranks off all the same.
-        sharded = _uses_deepspeed()
+        sharded = _shards()
         self._tuner.finalize(None if sharded else optimizer, compact=not sharded and args.world_size == 1)
         if self.log:
             self._report(args, state, control, model, "end")
@@ -245,6 +242,40 @@ def _find_tuner(model: nn.Module) -> AdaptiveRankTuner:
         "RankAllocationCallback found no tuner that allocates ranks. Wrap the model first: "
         "`get_peft_model(model, SalientLoRAConfig(...))`."
     )
+
+
+def _refuse_fsdp(tuner: AdaptiveRankTuner) -> None:
+    """Raise where the engine is FSDP in a form in which this tuner's ranks cannot be allocated."""
+    state = AcceleratorState()
+    if state.distributed_type != DistributedType.FSDP:
+        return
+    if not tuner.allocates_under_fsdp:
+        raise RuntimeError(
+            f"Ranks are not allocated under FSDP by {type(tuner).__name__}: it needs the whole factors, of which FSDP leaves "
+            "every process a part. Train with DDP."
+        )
+    if state.fsdp_plugin.fsdp_version != 2:
+        raise RuntimeError(
+            "Ranks are not allocated under FSDP1, which flattens the factors into one vector. Set `fsdp_version: 2` in "
+            "accelerate's configuration (`version` in `fsdp_config`), or train with DDP or DeepSpeed ZeRO."
+        )
+    if "FULL_STATE_DICT" not in str(state.fsdp_plugin.state_dict_type):
+        raise RuntimeError(
+            f"FSDP is set to save {state.fsdp_plugin.state_dict_type}, from which no adapter is written. Set "
+            "`fsdp_state_dict_type: FULL_STATE_DICT` in accelerate's configuration (`state_dict_type` in `fsdp_config`): it "
+            "gathers weights when they are saved."
+        )
+    empty = [name for name, parameter in tuner.named_parameters() if parameter.requires_grad and not parameter.numel()]
+    if empty:
+        raise RuntimeError(
+            f"FSDP cannot gather parameters without elements, such as {empty[0]}: the adapter has modules of rank 0. Train it "
+            "further with DDP or DeepSpeed ZeRO, or allocate with `min_r=1` in the first place."
+        )
+
+
+def _shards() -> bool:
+    """Whether the engine holds the parameters, which then keep their shapes until the end."""
+    return AcceleratorState().distributed_type in (DistributedType.DEEPSPEED, DistributedType.FSDP)
 
 
 def _uses_deepspeed() -> bool:

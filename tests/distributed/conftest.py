@@ -21,6 +21,15 @@ from safetensors.torch import load_file
 
 WORKER = Path(__file__).with_name("worker.py")
 
+# what `accelerate launch` makes of the example's configuration
+FSDP2 = {
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+}
+
 
 @dataclass(frozen=True)
 class Run:
@@ -58,19 +67,20 @@ Launch = Callable[..., Callable[[str], Run]]
 @pytest.fixture(scope="session")
 def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
     """
-    `launch(name, runs, processes=2, deepspeed=False)` does the runs of `worker.py` one after the other, once for all
-    tests, and returns a function from a run's name to the `Run`. Starting up takes much longer than training.
+    `launch(name, runs, processes=2, engine=None)` does the runs of `worker.py` one after the other, once for all tests,
+    and returns a function from a run's name to the `Run`. Starting up takes much longer than training. `engine` is
+    `"deepspeed"`, `"fsdp"` or, for DDP, None.
     """
     base = tmp_path_factory.getbasetemp()
     # pytest-xdist gives each of its processes a folder in a common one
     base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
-    def start(name: str, runs: list[dict[str, Any]], processes: int = 2, deepspeed: bool = False):
+    def start(name: str, runs: list[dict[str, Any]], processes: int = 2, engine: str | None = None):
         folder, log = base / name, base / f"{name}.log"
         with FileLock(base / f"{name}.lock"):
             if not log.exists():
                 folder.mkdir()
-                log.write_text(_work(folder, runs, processes, deepspeed), encoding="utf-8")
+                log.write_text(_work(folder, runs, processes, engine), encoding="utf-8")
         done = [run["name"] for run in runs if len(list((folder / run["name"]).glob("*.pt"))) == processes]
         assert done == [run["name"] for run in runs], log.read_text(encoding="utf-8")[-10_000:]
         return lambda run: Run(folder / run)
@@ -78,14 +88,16 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
     return start
 
 
-def _work(folder: Path, runs: list[dict[str, Any]], processes: int, deepspeed: bool) -> str:
+def _work(folder: Path, runs: list[dict[str, Any]], processes: int, engine: str | None) -> str:
     """Run `worker.py` to its end, well or not; returns what it printed."""
     # `--standalone` finds a free port
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     environment = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join([str(WORKER.parents[1]), os.environ.get("PYTHONPATH", "")]),
-        "ACCELERATE_USE_DEEPSPEED": str(deepspeed).lower(),
+        "ACCELERATE_USE_DEEPSPEED": str(engine == "deepspeed").lower(),
+        "ACCELERATE_USE_FSDP": str(engine == "fsdp").lower(),
+        **(FSDP2 if engine == "fsdp" else {}),
         # a line for every collective operation
         "PYTHONWARNINGS": "ignore::FutureWarning",
     }

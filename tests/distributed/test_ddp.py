@@ -4,15 +4,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel
 
-from peft_rank import RankAllocationCallback, SalientLoRAConfig, callbacks
-from tiny_models import TinyModel, training_arguments
+from tiny_models import TinyModel
 
 
 pytestmark = pytest.mark.distributed
@@ -96,13 +93,3 @@ def test_what_is_saved_and_exported_is_compact_and_equal(double: Callable, llama
         model = PeftModel.from_pretrained(llama.make_model(), run.folder / folder).eval()
         with torch.no_grad():
             torch.testing.assert_close(model(**held_out).logits, run.seen["logits"], rtol=0, atol=2e-5)
-
-
-def test_fsdp_is_refused(llama: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = SalientLoRAConfig(init_r=4, target_r=1, target_modules=["q_proj"], task_type=llama.task_type)
-    model = get_peft_model(llama.make_model(), config)
-    sharded = SimpleNamespace(distributed_type=callbacks.DistributedType.FSDP)
-    monkeypatch.setattr(callbacks, "AcceleratorState", lambda: sharded)
-    state = SimpleNamespace(max_steps=20, global_step=0, is_world_process_zero=True)
-    with pytest.raises(RuntimeError, match="not allocated under FSDP.*DDP or DeepSpeed"):
-        RankAllocationCallback(log=False).on_train_begin(training_arguments(tmp_path), state, None, model=model)

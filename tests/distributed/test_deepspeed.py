@@ -53,7 +53,7 @@ OPTIMIZERS = {
 
 @pytest.fixture(scope="module")
 def double(launch: Callable) -> Callable:
-    return launch("deepspeed", RUNS, deepspeed=True)
+    return launch("deepspeed", RUNS, engine="deepspeed")
 
 
 @pytest.mark.parametrize("name", SAME)

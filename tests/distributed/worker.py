@@ -2,7 +2,7 @@
 """Trains tiny LLaMAs through the HF Trainer, on one or several processes, and writes down what came out.
 
     python worker.py FOLDER RUNS                              one process
-    torchrun --nproc_per_node 2 worker.py FOLDER RUNS         several, by DDP or DeepSpeed
+    torchrun --nproc_per_node 2 worker.py FOLDER RUNS         several, by DDP, DeepSpeed or FSDP2
 
 RUNS is a JSON list of the keyword arguments of `train`. Every run gets its folder in FOLDER: the saved adapter, the
 checkpoints, and `process-0.pt`, `process-1.pt` with what each process saw. The tests compare these.
@@ -19,12 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.state import PartialState
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict
 from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from peft_rank import InRankConfig, RankAllocationCallback, SalientLoRAConfig, export_lora, get_rank_pattern
+from peft_rank.tuners.sharding import gather, is_sharded
 from tiny_models import TINY_MODELS, training_arguments
 
 
@@ -46,8 +48,8 @@ class Watch(TrainerCallback):
 
     def on_step_begin(self, *args: Any, model: nn.Module, optimizer: Any, **kwargs: Any) -> None:
         self.optimizers.add(f"{type(optimizer).__name__}({type(optimizer.optimizer).__name__})")
-        # outside of forward, ZeRO-3 leaves an empty vector of a parameter
-        self.placeholders += [p.shape == (0,) for p in model.parameters() if p.requires_grad]
+        # outside of forward, ZeRO-3 leaves an empty vector of a parameter, FSDP2 a part
+        self.placeholders += [p.shape == (0,) or is_sharded(p) for p in model.parameters() if p.requires_grad]
 
     def on_step_end(self, *args: Any, model: nn.Module, **kwargs: Any) -> None:
         self.totals.append(sum(get_rank_pattern(model).values()))
@@ -107,6 +109,19 @@ def prepare_deepspeed() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # torch computes in fp16 on any CPU, though slowly on those without instructions for it
     get_accelerator().is_fp16_supported = lambda: True
+
+
+def prepare_fsdp() -> None:
+    """Let accelerate shard on the CPU, too: it does so on accelerators only."""
+    started = AcceleratorState.__init__
+
+    def start(self: AcceleratorState, *args: Any, **kwargs: Any) -> None:
+        started(self, *args, **kwargs)
+        plugin = kwargs.get("fsdp_plugin") or vars(self).get("fsdp_plugin")
+        if plugin is not None:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, plugin
+
+    AcceleratorState.__init__ = start
 
 
 def deepspeed_config(stage: int) -> dict[str, Any]:
@@ -205,7 +220,7 @@ def report(trainer: Trainer, watch: Watch, output: Path) -> dict[str, Any]:
         logits = engine(**batch).logits
     with tuner._gathered("default") if salient else nullcontext():
         factors = {
-            f"{name}.{attribute}": getattr(layer, attribute)["default"].detach().clone()
+            f"{name}.{attribute}": gather([getattr(layer, attribute)["default"].detach()])[0].clone()
             for name, layer in tuner.adapter_layers("default").items()
             for attribute in layer.adapter_layer_names
         }
@@ -230,5 +245,7 @@ def report(trainer: Trainer, watch: Watch, output: Path) -> dict[str, Any]:
 if __name__ == "__main__":
     if os.environ["ACCELERATE_USE_DEEPSPEED"] == "true":
         prepare_deepspeed()
+    if os.environ["ACCELERATE_USE_FSDP"] == "true":
+        prepare_fsdp()
     for run in json.loads(sys.argv[2]):
         train(Path(sys.argv[1]), **run)

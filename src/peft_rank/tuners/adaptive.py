@@ -50,6 +50,9 @@ class AdaptiveRankTuner(BaseTuner):
         ```
     """
 
+    # whether factors of which every process holds a part can be allocated
+    allocates_under_fsdp = False
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # injection, which the base class starts, needs it
         self._layers: dict[str, dict[str, RankLayer]] = {}

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 
 import torch
 
+from ..sharding import is_sharded
 from .allocator import RankAllocator
 from .config import SalientLoRAConfig
 from .layer import SalientLoRALayer
@@ -68,7 +69,7 @@ def to_checkpoint(
         if not all(key in entries for key in keys):
             continue
         A, E, B = (entries[key] for key in keys)
-        if A.dim() != 2:
+        if A.dim() != 2 or is_sharded(A):
             raise RuntimeError(
                 f"The factors of {name} are sharded over processes. Save through the Trainer, or pass "
                 "`state_dict=accelerator.get_state_dict(engine)` to `save_pretrained`."

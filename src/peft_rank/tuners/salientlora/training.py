@@ -21,6 +21,7 @@ from transformers.trainer_pt_utils import get_model_param_count
 from peft_rank.orthogonality import orthogonality, orthogonality_gradient
 
 from ..adaptive import AdaptiveRankTuner, ShrinkPolicy
+from ..sharding import gather, is_sharded, own_part, own_rows
 from ..shrinking import can_slice_state, swap_parameters, unwrap_optimizer
 from .allocator import RankAllocator
 from .checkpoint import exact_rank_pattern
@@ -30,6 +31,8 @@ from .layer import SalientLoRALayer
 
 class SalientLoRATraining(AdaptiveRankTuner):
     """What a training loop calls, over the allocator of each adapter."""
+
+    allocates_under_fsdp = True
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # injection, which the base class starts, needs it
@@ -86,7 +89,8 @@ class SalientLoRATraining(AdaptiveRankTuner):
             # the layers alone know which adapter is active where transformers manages them
             if not layer.disable_adapters and not layer.merged and layer.active_adapters == [name]:
                 dtype = layer.fused_dtype(name)
-                if dtype is not None:
+                # FSDP gathers its parts later, block by block
+                if dtype is not None and not is_sharded(layer.stored(name).E):
                     by_dtype[dtype].append(layer)
         for dtype, layers in by_dtype.items():
             factors = [layer.factors(name) for layer in layers]
@@ -116,7 +120,9 @@ class SalientLoRATraining(AdaptiveRankTuner):
                     if parameter.grad is None:
                         # in the parameter's own layout, which fused optimizers insist on
                         parameter.grad = torch.zeros_like(parameter)
-                torch._foreach_add_([parameter.grad for parameter in parameters], gradients)
+                # under FSDP every process has rows of them, and adds the same rows
+                gradients = [own_rows(gradient, p) for gradient, p in zip(gradients, parameters, strict=True)]
+                torch._foreach_add_([own_part(parameter.grad) for parameter in parameters], gradients)
 
     def arm_regularization(self, loss_scale: float = 1.0) -> None:
         for name in self._trained_adapters():
@@ -134,14 +140,20 @@ class SalientLoRATraining(AdaptiveRankTuner):
         weight = self.peft_config[adapter_name].orth_reg_weight * factor
         if weight == 0:
             return []
-        down, up, alive = self._factors(adapter_name)
-        return list(zip((down, up), orthogonality_gradient(down, up, alive, weight), strict=True))
+        down, _, up = self._stored(adapter_name)
+        return list(zip((down, up), orthogonality_gradient(*self._factors(adapter_name), weight), strict=True))
+
+    def _stored(self, adapter_name: str) -> list[tuple[nn.Parameter, ...]]:
+        """A of all modules, E of all, B of all: the parameters as they are."""
+        layers = self.adapter_layers(adapter_name).values()
+        return list(zip(*(layer.stored(adapter_name) for layer in layers), strict=True))
 
     def _factors(self, adapter_name: str):
         """A, B and the masks of pruned ranks of all modules."""
+        down, _, up = self._stored(adapter_name)
+        full = gather([*down, *up])
         layers = self.adapter_layers(adapter_name).values()
-        down, _, up = zip(*(layer.stored(adapter_name) for layer in layers), strict=True)
-        return down, up, [layer.salientlora_mask.get(adapter_name) for layer in layers]
+        return full[: len(down)], full[len(down) :], [layer.salientlora_mask.get(adapter_name) for layer in layers]
 
     @contextmanager
     def _gathered(self, adapter_name: str) -> Iterator[None]:
@@ -201,9 +213,8 @@ class SalientLoRATraining(AdaptiveRankTuner):
 
     def _record(self, adapter_name: str) -> None:
         with self._gathered(adapter_name):
-            layers = self.adapter_layers(adapter_name).values()
             down, up, alive = self._factors(adapter_name)
-            values = [_in_full_precision(layer.stored(adapter_name).E) for layer in layers]
+            values = gather([_in_full_precision(E) for E in self._stored(adapter_name)[1]])
             values = [E if mask is None else E * mask.to(E) for E, mask in zip(values, alive, strict=True)]
             self.allocator(adapter_name).record(values, orthogonality(down, up, alive))
 
@@ -291,7 +302,7 @@ class SalientLoRATraining(AdaptiveRankTuner):
                     self._restore_state(name, load_peft_weights(str(folder), device="cpu"))
                     allocator = self.allocator(name)
                 else:
-                    hint = f" Under DeepSpeed it is read from {folder}, which does not exist: keep it in `output_dir`."
+                    hint = f" Under DeepSpeed and FSDP it is read from {folder}, which does not exist: keep it in `output_dir`."
             if not allocator.finished and global_step > max(allocator.last_step, allocator.schedule.warmup_steps):
                 raise RuntimeError(
                     f"The training resumes at step {global_step}, but the allocation of adapter {name!r} knows only its "
