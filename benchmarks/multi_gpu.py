@@ -1,0 +1,299 @@
+# Copyright 2026 The peft_rank authors. Licensed under the Apache License, Version 2.0.
+"""SalientLoRA on several GPUs of one host: the ranks of one process, tokens per second, memory, and what allocating costs.
+
+    python benchmarks/multi_gpu.py                                       # 2 GPUs, every engine, LLaMA-1B shape
+    python benchmarks/multi_gpu.py --engines single ddp --processes 4
+    python benchmarks/multi_gpu.py --shape tiny --engines single ddp zero2 zero3    # two processes on a CPU
+
+Every engine gets processes of its own and three trainings by the HF Trainer, with random weights and the same global batch:
+- agreement: fp32, four blocks; the final ranks have to be those of one process (`single`, which must come first);
+- allocation: bf16, the whole shape; time, memory, and the share of the time that passes in the callback, waiting for the
+  device before and after each of its parts (an upper bound: it cannot overlap with anything then);
+- fixed: the same without callback, all ranks kept and no regularizer.
+
+ZeRO needs `deepspeed`; FSDP2 needs GPUs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from _common import argument_parser, store, synchronize
+from accelerate.state import PartialState
+from peft import PeftModel, get_peft_model
+from torch.utils.data import Dataset
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+
+from peft_rank import RankAllocationCallback, SalientLoRAConfig, get_rank_pattern
+
+
+ENGINES = {"single": None, "ddp": None, "zero1": 1, "zero2": 2, "zero3": 3, "fsdp2": None}
+SHAPES = {
+    "1b": {"hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16, "num_attention_heads": 32},
+    "7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4},
+}
+# what `accelerate launch` makes of examples/common/configs/fsdp2.yaml
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+    "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+}
+STEPS, FIRST = 40, 8  # steps of a training; those that are not timed
+
+
+class Texts(Dataset):
+    """Random tokens that repeat themselves, so that there is something to learn."""
+
+    def __init__(self, rows: int, length: int, vocabulary: int) -> None:
+        generator = torch.Generator().manual_seed(0)
+        half = torch.randint(vocabulary, (rows, length // 2), generator=generator)
+        self.rows = torch.cat([half, half], 1)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, i: int) -> dict[str, torch.Tensor]:
+        return {"input_ids": self.rows[i], "labels": self.rows[i]}
+
+
+class Clock(TrainerCallback):
+    """When each step ended."""
+
+    def __init__(self) -> None:
+        self.ends: list[float] = []
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        synchronize()
+        self.ends.append(time.perf_counter())
+
+    def step_seconds(self) -> list[float]:
+        return [after - before for before, after in zip(self.ends[FIRST - 1 :], self.ends[FIRST:], strict=False)]
+
+
+class TimedAllocation(RankAllocationCallback):
+    """The callback, and the time that passes in it from the first timed step to the last."""
+
+    def __init__(self) -> None:
+        super().__init__(log=False)
+        self.seconds = 0.0
+
+    def _timed(self, event: str, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        synchronize()
+        start = time.perf_counter()
+        getattr(super(), event)(args, state, control, **kwargs)
+        synchronize()
+        if state.global_step >= FIRST:
+            self.seconds += time.perf_counter() - start
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._timed("on_step_begin", *args, **kwargs)
+
+    def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self._timed("on_pre_optimizer_step", *args, **kwargs)
+
+    def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
+        self._timed("on_optimizer_step", *args, **kwargs)
+
+
+def deepspeed_config(stage: int) -> dict[str, Any]:
+    optimizer = {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto", "torch_adam": True}
+    return {
+        "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True},
+        "bf16": {"enabled": "auto"},
+        "optimizer": {"type": "AdamW", "params": optimizer},
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
+    }
+
+
+def make_model(args: argparse.Namespace, dtype: torch.dtype, blocks: int, allocate: bool) -> PeftModel:
+    shape = SHAPES[args.shape] | {"num_hidden_layers": blocks}
+    torch.manual_seed(0)
+    torch.set_default_dtype(dtype)
+    base = LlamaForCausalLM(LlamaConfig(vocab_size=args.vocabulary, use_cache=False, **shape))
+    torch.set_default_dtype(torch.float32)
+    config = SalientLoRAConfig(
+        init_r=args.init_r,
+        target_r=args.target_r if allocate else args.init_r,
+        orth_reg_weight=0.1 if allocate else 0.0,
+        init_weights=False,  # gradients everywhere from the first step
+        warmup_steps=4,
+        allocation_steps=30,
+        initial_window=4,
+        final_window=12,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    # ZeRO-3 gathers parameters of one type only; it trains fp32 copies of them
+    return get_peft_model(base, config, autocast_adapter_dtype=args.worker != "zero3")
+
+
+def train(args: argparse.Namespace, folder: str, agreement: bool, allocate: bool) -> dict[str, Any]:
+    """One training; what came of it, as this process sees it."""
+    gc.collect()
+    cuda = torch.cuda.is_available()
+    blocks = min(4, SHAPES[args.shape]["num_hidden_layers"]) if agreement else SHAPES[args.shape]["num_hidden_layers"]
+    model = make_model(args, torch.float32 if agreement else torch.bfloat16, blocks, allocate)
+    length = args.length // 4 if agreement else args.length
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    stage = ENGINES[args.worker]
+    training_args = TrainingArguments(
+        folder,
+        max_steps=STEPS,
+        per_device_train_batch_size=args.batch // processes,
+        learning_rate=1e-3,
+        max_grad_norm=0.0,  # engines clip at different places
+        bf16=not agreement,
+        use_cpu=not cuda,
+        deepspeed=None if stage is None else deepspeed_config(stage),
+        ddp_find_unused_parameters=False,
+        save_strategy="no",
+        logging_strategy="no",
+        report_to=[],
+        disable_tqdm=True,
+    )
+    clock, allocation = Clock(), TimedAllocation()
+    callbacks = [clock, allocation] if allocate else [clock]
+    data = Texts(args.batch * STEPS, length, args.vocabulary)
+    trainer = Trainer(model, training_args, train_dataset=data, callbacks=callbacks)
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    trainer.train()
+    steps = clock.step_seconds()
+    return {
+        "engine": type(trainer.model_wrapped).__name__,
+        "processes": processes,
+        "ranks": get_rank_pattern(model),
+        "milliseconds": round(1e3 * statistics.median(steps), 2),
+        "tokens_per_second": round(args.batch * length / statistics.median(steps)),
+        "allocation_share": round(allocation.seconds / sum(steps), 5),
+        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 3) if cuda else None,
+    }
+
+
+def work(args: argparse.Namespace) -> None:
+    """The trainings of one engine, in each of its processes; the first one writes what it found, after every training."""
+    torch.backends.cuda.matmul.allow_tf32 = False
+    if args.worker.startswith("zero") and not torch.cuda.is_available():
+        import deepspeed
+
+        # or it compiles its communication through shared memory, for a minute
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    found: dict[str, Any] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for name, agreement, allocate in (
+            ("agreement", True, True),
+            ("allocation", False, True),
+            ("fixed", False, False),
+        ):
+            found[name] = train(args, folder, agreement, allocate)
+            if int(os.environ.get("RANK", "0")) == 0:
+                args.result.write_text(json.dumps(found), encoding="utf-8")
+            PartialState().wait_for_everyone()
+
+
+def run_engine(args: argparse.Namespace, engine: str) -> dict[str, Any]:
+    """All trainings of an engine, in new processes; with `error` where they did not come to an end."""
+    processes = 1 if engine == "single" else args.processes
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    with tempfile.TemporaryDirectory() as folder:
+        result = Path(folder, "result.json")
+        settings = [f"--{name}={getattr(args, name)}" for name in SETTINGS]
+        command = [sys.executable, *(launcher if processes > 1 else []), __file__, *settings]
+        environment = {
+            **os.environ,
+            **(FSDP2 if engine == "fsdp2" else {}),
+            "ACCELERATE_USE_DEEPSPEED": str(engine.startswith("zero")).lower(),
+            # the Trainer spreads a batch over all GPUs that it sees
+            **({"CUDA_VISIBLE_DEVICES": "0"} if engine == "single" else {}),
+        }
+        started = time.perf_counter()
+        try:
+            done = subprocess.run(
+                [*command, "--worker", engine, "--result", str(result)],
+                env=environment,
+                check=False,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                timeout=args.seconds,
+            )
+            error = None if done.returncode == 0 else done.stdout[-3000:]
+        except subprocess.TimeoutExpired as expired:
+            error = f"not done after {args.seconds} s: {(expired.stdout or b'')[-3000:]!r}"
+        row: dict[str, Any] = {"engine": engine, "seconds": round(time.perf_counter() - started, 1)}
+        if result.exists():
+            row |= json.loads(result.read_text(encoding="utf-8"))
+    return row if error is None else {**row, "error": error}
+
+
+def compare(row: dict[str, Any], single: dict[str, Any] | None) -> None:
+    """Note in the row how many ranks are elsewhere than with one process, and what allocating costs."""
+    for name in ("agreement", "allocation"):
+        if single is not None and name in row and name in single:
+            ours, theirs = row[name]["ranks"], single[name]["ranks"]
+            row[name]["ranks_elsewhere"] = sum(abs(ours[module] - theirs[module]) for module in theirs) // 2
+    for name in ("allocation", "agreement", "fixed"):
+        if name in row:
+            ranks = row[name].pop("ranks") if name == "fixed" else row[name]["ranks"]
+            row[name]["total_rank"] = sum(ranks.values())
+    if "fixed" in row:
+        row["slower_than_fixed"] = round(row["allocation"]["milliseconds"] / row["fixed"]["milliseconds"] - 1, 4)
+
+
+SETTINGS = ("shape", "vocabulary", "batch", "length", "init_r", "target_r")
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = argument_parser(__doc__, "multi_gpu")
+    parser.add_argument("--engines", nargs="+", default=list(ENGINES), choices=ENGINES)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--shape", default="1b", choices=SHAPES)
+    parser.add_argument("--vocabulary", type=int, default=32000)
+    parser.add_argument("--batch", type=int, default=16, help="rows of all processes together")
+    parser.add_argument("--length", type=int, default=1024, help="tokens of a row")
+    parser.add_argument("--init_r", type=int, default=16)
+    parser.add_argument("--target_r", type=int, default=8)
+    parser.add_argument("--seconds", type=float, default=300, help="time limit of one engine")
+    parser.add_argument("--worker", choices=ENGINES, help=argparse.SUPPRESS)
+    parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
+    return parser.parse_args(argv)
+
+
+def main() -> None:
+    args = parse()
+    if args.worker is not None:
+        work(args)
+        return
+    rows: list[dict[str, Any]] = []
+    for engine in args.engines:
+        if engine == "fsdp2" and not torch.cuda.is_available():
+            rows.append({"engine": engine, "error": "not run: accelerate shards on accelerators only"})
+        else:
+            rows.append(run_engine(args, engine))
+            compare(rows[-1], rows[0] if rows[0]["engine"] == "single" else None)
+        store(args.output, rows, **{name: getattr(args, name) for name in (*SETTINGS, "processes")}, steps=STEPS)
+        print(json.dumps({k: v for k, v in rows[-1].items() if k not in ("agreement", "allocation")}), flush=True)
+        for name in ("agreement", "allocation", "fixed"):
+            if name in rows[-1]:
+                print(" ", name, {k: v for k, v in rows[-1][name].items() if k != "ranks"}, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+# Copyright 2026 The peft_rank authors. Licensed under the Apache License, Version 2.0.
+"""The programs that measure several GPUs and quantized bases, on a model of a few thousand weights."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+
+SMALL = ["--shape", "tiny", "--vocabulary", "32", "--batch", "2", "--length", "16", "--init_r", "4", "--target_r", "2"]
+MODULES = 7
+
+
+@pytest.fixture
+def engines(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(Path(__file__).parents[1] / "benchmarks")
+    module = importlib.import_module("multi_gpu")
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4}
+    monkeypatch.setitem(module.SHAPES, "tiny", sizes)
+    return module
+
+
+def test_trainings_of_an_engine(engines: ModuleType, tmp_path: Path) -> None:
+    result = tmp_path / "result.json"
+    engines.work(engines.parse([*SMALL, "--worker", "single", "--result", str(result)]))
+    row = json.loads(result.read_text())
+    engines.compare(row, json.loads(result.read_text()))
+    assert {name: row[name]["total_rank"] for name in row if isinstance(row[name], dict)} == {
+        "agreement": 2 * MODULES,
+        "allocation": 2 * MODULES,
+        "fixed": 4 * MODULES,
+    }
+    assert row["agreement"]["ranks_elsewhere"] == 0
+    assert row["fixed"]["allocation_share"] == 0 < row["allocation"]["allocation_share"] < 1
+    for name in ("agreement", "allocation", "fixed"):
+        tokens = 2 * (4 if name == "agreement" else 16)
+        seconds = row[name]["milliseconds"] / 1e3
+        assert row[name]["tokens_per_second"] == pytest.approx(tokens / seconds, rel=0.02)
+
+
+def test_ranks_elsewhere_are_counted_once(engines: ModuleType) -> None:
+    row = {"agreement": {"ranks": {"q": 3, "k": 0, "v": 3}}}
+    engines.compare(row, {"agreement": {"ranks": {"q": 2, "k": 2, "v": 2}}})
+    assert row["agreement"]["ranks_elsewhere"] == 2
+    assert row["agreement"]["total_rank"] == 6
+
+
+def test_an_engine_that_fails_keeps_what_it_found(
+    engines: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        "import pathlib, sys\n"
+        "pathlib.Path(sys.argv[-1]).write_text('{\"agreement\": {}}')\n"
+        "raise MemoryError('of ' + ' '.join(sys.argv[1:-1]))\n"
+    )
+    monkeypatch.setattr(engines, "__file__", str(worker))
+    row = engines.run_engine(engines.parse(SMALL), "single")
+    assert (row["engine"], row["agreement"]) == ("single", {})
+    assert "MemoryError: of --shape=tiny --vocabulary=32 --batch=2" in row["error"]
+
+
+def test_quantized_bases_from_end_to_end(
+    engines: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
+) -> None:
+    quantized = importlib.import_module("quantized")
+    monkeypatch.setattr("sys.argv", ["quantized.py", *SMALL, "--lr", "0.02", "--output", str(tmp_path / "rows.json")])
+    quantized.main()
+    rows = {row["base"]: row for row in json.loads((tmp_path / "rows.json").read_text())["rows"]}
+    assert [row["layer"] for row in rows.values()] == ["Linear", "Linear4bit", "Linear8bitLt"]
+    for row in rows.values():
+        assert (row["modules"], row["total_rank"]) == (MODULES, 2 * MODULES)
+        assert row["change"] > 0.05
+        assert row["error_loaded"] == 0
+        assert row["error_exported"] < 0.2
+    assert rows["plain"]["error_merged"] < rows["8bit"]["error_merged"] < rows["4bit"]["error_merged"]
+    assert capsys.readouterr().out.count("\n| ") == 4
