@@ -331,7 +331,7 @@ def test_the_card_of_a_plain_lora_export(llama: TinyModel, tmp_path: Path) -> No
 
 @pytest.mark.parametrize(("r", "expected"), [(1, 8), (8, 8), (9, 16), (16, 16), (33, 64), (300, 320), (512, 512)])
 def test_ranks_that_vllm_takes(r: int, expected: int) -> None:
-    assert f"--max-lora-rank {expected} " in card_module._serving(LoraConfig(r=r, task_type="CAUSAL_LM"))
+    assert f"--max-lora-rank {expected} " in card_module._serving(LoraConfig(r=r, task_type="CAUSAL_LM"), "there")
 
 
 @pytest.mark.parametrize(
@@ -345,7 +345,7 @@ def test_ranks_that_vllm_takes(r: int, expected: int) -> None:
     ],
 )
 def test_vllm_is_not_promised_what_it_refuses(settings: dict[str, Any], reason: str) -> None:
-    text = card_module._serving(LoraConfig(**{"task_type": "CAUSAL_LM", **settings}))
+    text = card_module._serving(LoraConfig(**{"task_type": "CAUSAL_LM", **settings}), "there")
     assert "vllm serve" not in text
     assert reason in text
 
@@ -420,6 +420,29 @@ def test_a_local_base_model_is_metadata_on_the_disk_only(hub: Hub, llama: TinyMo
     assert card.data.base_model is None
     assert not [tag for tag in card.data.tags if str(base) in tag]
     assert f"`{base}`" in card.text
+
+
+def test_push_to_hub_of_an_export(llama: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr("huggingface_hub.create_repo", lambda *args, **kwargs: calls.append((args, kwargs)))
+    monkeypatch.setattr("huggingface_hub.upload_folder", lambda **kwargs: calls.append(kwargs))
+    monkeypatch.chdir(tmp_path)
+    llama.make_model().save_pretrained("base")
+    model = finished(llama, base="base")
+    export_lora(model, "plain", push_to_hub="me/my-lora")
+    names = ["adapter_model.safetensors", "adapter_config.json", "README.md"]
+    assert calls == [
+        (("me/my-lora",), {"exist_ok": True}),
+        {"repo_id": "me/my-lora", "folder_path": Path("plain"), "allow_patterns": names},
+    ]
+    (snippet,) = snippets(Path("plain/README.md").read_text())
+    assert '"me/my-lora"' in snippet
+    # what the Hub would give to the reader of the card
+    (tmp_path / "me").mkdir()
+    Path("plain").rename("me/my-lora")
+    names = {}
+    run(snippet, names)
+    assert_close(logits(names["model"], llama), logits(model, llama), 1e-5)
 
 
 def test_push_to_hub_of_other_methods_stays_as_it_is(hub: Hub, llama: TinyModel) -> None:

@@ -148,7 +148,9 @@ def _tags_of(config: AdaptedModulesConfig) -> set[str]:
 # ---- cards ----
 
 
-def lora_card(summary: AdapterSummary, config: LoraConfig, path: Path, picture: list[str]) -> ModelCard:
+def lora_card(
+    summary: AdapterSummary, config: LoraConfig, path: Path, picture: list[str], location: str = HERE
+) -> ModelCard:
     """
     The card of a plain LoRA export.
 
@@ -157,6 +159,7 @@ def lora_card(summary: AdapterSummary, config: LoraConfig, path: Path, picture: 
         config (`LoraConfig`): The configuration of the export.
         path (`Path`): A card that is there already keeps its text outside of our section.
         picture (`list[str]`): What shows the picture of the ranks, if there is one.
+        location (`str`): Where readers will find the adapter.
     """
     card = ModelCard.load(path) if path.exists() else ModelCard("---\n{}\n---\n\n# LoRA adapter\n")
     base = config.base_model_name_or_path
@@ -172,9 +175,9 @@ def lora_card(summary: AdapterSummary, config: LoraConfig, path: Path, picture: 
         "## Plain LoRA, ranks chosen by peft_rank",
         _table(rows),
         "### Load",
-        f"```python\nimport peft\nmodel = {_load_call(config, HERE, summary.num_labels)}\n```",
+        f"```python\nimport peft\nmodel = {_load_call(config, location, summary.num_labels)}\n```",
+        _serving(config, location),
     ]
-    parts.append(_serving(config))
     parts += ["### Ranks", rank_grid(summary.ranks).markdown(), *picture]
     _put_section(card, "\n\n".join(parts))
     return card
@@ -226,7 +229,7 @@ def _compressed_section(summary: CompressedSummary, location: str) -> str:
     return "\n\n".join(parts)
 
 
-def _serving(config: LoraConfig) -> str:
+def _serving(config: LoraConfig, location: str) -> str:
     """How vLLM serves a plain LoRA, or why it does not."""
     if config.task_type not in (None, "CAUSAL_LM"):
         return "vLLM takes adapters of language models only."
@@ -236,7 +239,7 @@ def _serving(config: LoraConfig) -> str:
         return f"vLLM takes ranks up to {VLLM_RANKS[-1]}. It serves the merged model."
     return (
         f"```shell\nvllm serve {config.base_model_name_or_path or 'BASE_MODEL'} --enable-lora "
-        f"--max-lora-rank {_vllm_rank(config.r)} --lora-modules adapter={HERE}\n```"
+        f"--max-lora-rank {_vllm_rank(config.r)} --lora-modules adapter={location}\n```"
     )
 
 

@@ -11,6 +11,7 @@ import os
 import warnings
 from pathlib import Path
 
+import huggingface_hub
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig
@@ -21,14 +22,19 @@ from torch import nn
 from peft_rank.ranks import bare_model, exact_modules
 from peft_rank.tuners.salientlora.checkpoint import PEFT_PREFIX, exact_pattern
 
-from .card import CARD_NAME, START, lora_card
+from .card import CARD_NAME, HERE, START, lora_card
 from .draft import draft_of
 from .record import copy_record, picture_in
 from .snapshot import AdapterSnapshot, read_config, read_directory, read_model
 
 
 def export_lora(
-    model: nn.Module, directory: str | os.PathLike[str], *, pad: bool = False, adapter_name: str | None = None
+    model: nn.Module,
+    directory: str | os.PathLike[str],
+    *,
+    pad: bool = False,
+    adapter_name: str | None = None,
+    push_to_hub: str | None = None,
 ) -> Path:
     """
     Write an adapter as plain LoRA, which PEFT, transformers and servers load without this package. The conversion is
@@ -42,6 +48,8 @@ def export_lora(
         pad (`bool`): Fill every module up with zeros to the largest rank, for readers that know one rank only (older
             vLLM, llama.cpp).
         adapter_name (`str`, *optional*): The adapter, by default the first active one.
+        push_to_hub (`str`, *optional*): A repository of the Hub, such as `"me/my-lora"`, to upload these files to. It is
+            made if it does not exist, and the card's snippets name it.
 
     Returns:
         `Path`: The directory.
@@ -58,7 +66,12 @@ def export_lora(
         >>> PeftModel.from_pretrained(base_model, "my-lora")  # in any process, without peft_rank
         ```
     """
-    return _write(read_model(model, adapter_name), Path(directory), pad, bare_model(model))
+    snapshot, path = read_model(model, adapter_name), Path(directory)
+    names = _write(snapshot, path, pad, bare_model(model), push_to_hub or HERE)
+    if push_to_hub is not None:
+        huggingface_hub.create_repo(push_to_hub, exist_ok=True)
+        huggingface_hub.upload_folder(repo_id=push_to_hub, folder_path=path, allow_patterns=names)
+    return path
 
 
 def export_lora_files(
@@ -85,10 +98,14 @@ def export_lora_files(
     snapshot = read_directory(source)
     if base_model is not None:
         snapshot.config.base_model_name_or_path = base_model
-    return _write(snapshot, Path(directory), pad, Path(source))
+    _write(snapshot, Path(directory), pad, Path(source))
+    return Path(directory)
 
 
-def _write(snapshot: AdapterSnapshot, directory: Path, pad: bool, source: nn.Module | Path) -> Path:
+def _write(
+    snapshot: AdapterSnapshot, directory: Path, pad: bool, source: nn.Module | Path, location: str = HERE
+) -> list[str]:
+    """Write the export, and return the names of its files."""
     _check_target(directory)
     summary = snapshot.summary
     if summary.total == 0:
@@ -106,11 +123,11 @@ def _write(snapshot: AdapterSnapshot, directory: Path, pad: bool, source: nn.Mod
         save_file(tensors, draft / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
         config.save_pretrained(str(draft), auto_mapping_dict=snapshot.config.auto_mapping)
         names += copy_record(source, draft)
-        lora_card(summary, config, directory / CARD_NAME, picture_in(draft)).save(draft / CARD_NAME)
+        lora_card(summary, config, directory / CARD_NAME, picture_in(draft), location).save(draft / CARD_NAME)
         directory.mkdir(exist_ok=True)
         for name in names:
             os.replace(draft / name, directory / name)
-    return directory
+    return names
 
 
 def _card_names(directory: Path) -> list[str]:
