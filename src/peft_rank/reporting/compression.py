@@ -18,7 +18,7 @@ from ..decomposition import Factors, weighted_error
 from ..export.directory import read_compressed
 from ..tuners.lowrank.entry import record_ranks
 from ..tuners.lowrank.model import CompressionTuner
-from ..tuners.lowrank.plan import dense_weight, statistics_by_module, work_device
+from ..tuners.lowrank.plan import over_weights, statistics_by_module
 
 
 @dataclass(frozen=True)
@@ -106,16 +106,16 @@ def relative_errors(model: PeftModel, adapter_name: str = "default") -> dict[str
         raise TypeError(f"Errors are those of a model that a compression config was applied to, got {type(tuner)}.")
     config, layers = tuner.peft_config[adapter_name], tuner.factorized_layers(adapter_name)
     statistics = statistics_by_module(layers, model, config)
-    errors = {}
-    for name, layer in layers.items():
-        with dense_weight(layer) as weight:
-            weight = weight.to(work_device(weight))
-            error, size = (
-                float(weighted_error(weight, factors, config.decomposition, alpha=config.alpha, **statistics[name]))
-                for factors in (layer.factors(adapter_name), _nothing(weight))
-            )
-            errors[name] = (error / size) ** 0.5 if size else 0.0
-    return errors
+
+    def relative_error(name: str, weight: Tensor) -> float:
+        given = {key: tensor.to(weight.device) for key, tensor in statistics[name].items()}  # once for both
+        error, size = (
+            float(weighted_error(weight, factors, config.decomposition, alpha=config.alpha, **given))
+            for factors in (layers[name].factors(adapter_name), _nothing(weight))
+        )
+        return (error / size) ** 0.5 if size else 0.0
+
+    return over_weights(relative_error, layers, layers, statistics, "Measuring errors")
 
 
 def finish_compression(model: PeftModel) -> PreTrainedModel:

@@ -280,6 +280,7 @@ def over_weights(
     names: Iterable[str],
     modules: Mapping[str, nn.Module],
     statistics: Mapping[str, Mapping[str, Tensor]],
+    description: str = "Decomposing",
 ) -> dict[str, T]:
     """`work(name, weight)` of every module, with the weight (out, in) where it is to be decomposed: on a CUDA device if
     there is one, several at a time if it has room for them."""
@@ -293,7 +294,7 @@ def over_weights(
 
     results: dict[str, T] = {}
     total = sum(map(len, groups.values()))
-    with tqdm(total=total, desc="Decomposing", unit="module", delay=PROGRESS_AFTER) as progress:
+    with tqdm(total=total, desc=description, unit="module", delay=PROGRESS_AFTER) as progress:
         for device, group in groups.items():
             needed = max(working_bytes(weight_shape(name, modules[name]), statistics[name]) for name in group)
             found = in_parallel(call, group, workers_within(needed, device), device)
