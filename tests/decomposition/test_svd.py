@@ -83,3 +83,27 @@ def test_balanced_leaves_the_product() -> None:
     alive = torch.tensor([0, 1, 3])
     torch.testing.assert_close(factors.up.norm(dim=0)[alive], factors.down.norm(dim=1)[alive])
     assert torch.equal(factors.up[:, 2], up[:, 2]), "a dead rank keeps its direction, so that it can be trained"
+
+
+@pytest.mark.parametrize("reflections", [0, 1])
+@pytest.mark.parametrize("size", [1e-100, 1.0, 1e100])
+def test_orthonormal_columns(reflections: int, size: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also of lengths that differ by fourteen orders of magnitude, and where some columns are nothing but rounding."""
+    generator = torch.Generator().manual_seed(0)
+    q, _ = torch.linalg.qr(torch.randn(60, 20, dtype=torch.float64, generator=generator))
+    matrix = (
+        (q + 1e-3 * torch.randn(60, 20, dtype=torch.float64, generator=generator)) * torch.logspace(0, -14, 20) * size
+    )
+    if reflections:
+        matrix[:, 15] = matrix[:, 14]
+        matrix[:, 19] = 0
+    calls, exact = [], torch.linalg.qr
+    monkeypatch.setattr(torch.linalg, "qr", lambda matrix: calls.append(0) or exact(matrix))
+    found = svd.orthonormal(matrix)
+    assert len(calls) == reflections
+    torch.testing.assert_close(found.T @ found, torch.eye(20, dtype=torch.float64), rtol=0, atol=1e-13)
+    upper = found.T @ matrix
+    torch.testing.assert_close(found @ upper / size, matrix / size, rtol=0, atol=1e-14)
+    assert (upper.diagonal()[:15] > 0).all()
+    assert upper.tril(-1).abs().amax() < 1e-13 * size
+    torch.testing.assert_close(svd.orthonormal(matrix[:, :5]), found[:, :5], rtol=0, atol=1e-13)

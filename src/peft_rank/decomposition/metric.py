@@ -37,7 +37,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .svd import check_finite, product, singular_values, symmetric_eigen, thin_svd, working_copy
+from .svd import check_finite, orthonormal, product, singular_values, symmetric_eigen, thin_svd, working_copy
 
 
 STATISTIC: dict[str, str | None] = {
@@ -88,7 +88,7 @@ class Metric:
             scaled = self.apply(weight.double())  # (out, in)
             values, vectors = symmetric_eigen(scaled.mT @ scaled)
             # what U S is, but orthonormal also where S is rounding
-            left = torch.linalg.qr(scaled @ vectors[:, -rank:].flip(1)).Q
+            left = orthonormal(scaled @ vectors[:, -rank:].flip(1))
         return left.to(weight.dtype), values.flip(0).clamp(min=0).sqrt().to(weight.dtype)
 
     def values(self, weight: Tensor) -> Tensor:

@@ -172,6 +172,21 @@ def symmetric_eigen(matrix: Tensor) -> tuple[Tensor, Tensor]:
         return values.to(matrix), vectors.to(matrix)
 
 
+def orthonormal(matrix: Tensor) -> Tensor:
+    """Q of the decomposition Q R of a tall matrix (m, k), R with a positive diagonal.
+
+    Columns that are nearly orthogonal, if of very different length, are made so through the Cholesky factor of their Gram
+    matrix, which is all products; others by reflections, which take several times as long.
+    """
+    lengths = torch.linalg.vector_norm(matrix, dim=0)
+    columns = matrix / torch.where(lengths > 0, lengths, 1)
+    root, failed = torch.linalg.cholesky_ex(columns.mT @ columns)
+    if not int(failed) and bool(root.diagonal().amin() > 0.9):
+        return torch.linalg.solve_triangular(root.mT, columns, upper=True, left=False)
+    found, upper = torch.linalg.qr(matrix)
+    return torch.where(upper.diagonal() < 0, -found, found)
+
+
 def balanced(up: Tensor, down: Tensor) -> Factors:
     """Gives both halves of every rank the same norm, which leaves the product as it is.
 
