@@ -4,6 +4,7 @@
 import copy
 import json
 import math
+import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
@@ -54,11 +55,23 @@ def parse(argv: list[str], classes: Sequence[type], **defaults: Any) -> Argument
         raise ValueError(
             "export_lora is for --method salientlora; PEFT saves lora as such and cannot convert adalora."
         )
+    if run_args.export_lora is not None and holds_parts(training_args):
+        raise ValueError(
+            "export_lora: under ZeRO-3 and FSDP no process holds whole factors; leave it out, and run `peft-rank export "
+            f"{training_args.output_dir} {run_args.export_lora}` afterwards."
+        )
     if training_args.load_best_model_at_end and method_args.method == "adalora":
         raise ValueError(
             "load_best_model_at_end: PEFT cannot load an AdaLoRA checkpoint of other ranks; leave it off."
         )
     return args
+
+
+def holds_parts(args: TrainingArguments) -> bool:
+    """Whether every process holds a part of the weights only."""
+    plugin = args.deepspeed_plugin
+    fsdp = os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"  # as accelerate says it
+    return fsdp or (plugin is not None and plugin.zero_stage == 3)
 
 
 def commit_of(args: RunArguments) -> str | None:

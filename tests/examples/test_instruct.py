@@ -259,6 +259,13 @@ def test_bad_settings_are_refused(instruct, llama, files, tmp_path):
         instruct.run_instruct.load_tokenizer(model_args, training_args)
 
 
+def test_an_export_of_parts_is_refused(instruct, llama, files, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    argv = flags(llama, files, tmp_path / "out", export_lora=tmp_path / "lora")
+    with pytest.raises(ValueError, match=f"peft-rank export {tmp_path}/out {tmp_path}/lora"):
+        instruct.run_instruct.parse(argv)
+
+
 # --- MT-Bench ---------------------------------------------------------------------------------------------------------
 
 
