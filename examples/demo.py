@@ -135,7 +135,7 @@ def main() -> None:
     print("  salientlora/   the adapter, which PEFT loads after `import peft_rank`; ranks.jsonl")
     print("  exported/      the same as plain LoRA, which PEFT loads without peft_rank")
     print("  lora/          the adapter that it was compared with")
-    print("  ranks.png      the ranks of every module, and their total over the training")
+    print("  ranks.png      the ranks of every module, their total over the training, and when each was pruned")
 
 
 def say(text: str) -> None:
