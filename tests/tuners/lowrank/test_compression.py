@@ -369,6 +369,23 @@ class Scaled(nn.Linear):
         return 2 * super().forward(x)
 
 
+class Spelled(nn.Linear):
+    """As Falcon has them."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x @ self.weight.T if self.bias is None else x @ self.weight.T + self.bias
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_linears_that_spell_out_the_product_are_compressed(bias: bool, dtype: torch.dtype) -> None:
+    base = nn.Sequential(Spelled(16, 16, bias=bias)).to(dtype)
+    state = torch.get_rng_state()
+    model = get_peft_model(base, LowRankConfig(rank=4, target_modules=["0"]))
+    assert torch.equal(torch.get_rng_state(), state)
+    assert get_rank_pattern(model) == {"0": 4}
+
+
 def test_linears_that_do_more_are_refused() -> None:
     made = LowRankConfig(rank=2, target_modules=["0"])
     refuse(

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from typing import Any, NamedTuple, TypeVar
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import resolve_quantization_backend
 from peft.utils.other import get_pattern_key, transpose
@@ -69,8 +70,7 @@ def check_target(name: str, module: nn.Module, **kwargs: Any) -> Shape:
             "the model without quantization, compress it, and quantize the factors afterwards."
         )
     shape = weight_shape(name, module)
-    overridden = not isinstance(base, Conv1D) and type(base).forward is not nn.Linear.forward
-    if overridden or isinstance(base, nn.modules.linear.NonDynamicallyQuantizableLinear):
+    if isinstance(base, nn.modules.linear.NonDynamicallyQuantizableLinear) or not _multiplies_only(base):
         raise TypeError(
             f"Target module {name} is a {type(base).__name__}, which does more than a linear: factors cannot stand in for "
             f"it. {leave}"
@@ -78,6 +78,22 @@ def check_target(name: str, module: nn.Module, **kwargs: Any) -> Shape:
     if base.weight.element_size() < 2:
         raise TypeError(f"The weight of target module {name} is {base.weight.dtype}, too coarse to decompose. {leave}")
     return shape
+
+
+@torch.no_grad()
+def _multiplies_only(module: nn.Module) -> bool:
+    """Whether a linear is one, also where a subclass spells out the product."""
+    if isinstance(module, Conv1D) or type(module).forward is nn.Linear.forward:
+        return True
+    with weight_of(module) as weight:
+        x = torch.linspace(-1, 1, 2 * module.in_features, device=weight.device).view(2, -1).to(weight.dtype)
+        if weight.is_meta:
+            return False
+        try:
+            found, expected = module(x), F.linear(x, weight, module.bias)
+            return bool(torch.linalg.vector_norm((found - expected).float()) <= 1e-2 * expected.float().norm())
+        except (TypeError, ValueError, AttributeError, RuntimeError):  # of other arguments or results
+            return False
 
 
 def check_dense(names: Iterable[str], model: nn.Module) -> None:
