@@ -13,9 +13,9 @@ Metrics of generated text as `evaluate.Metric` classes: nothing is fetched from 
 """
 
 import re
+from collections.abc import Callable
 from itertools import pairwise
 
-import evaluate
 from common.metrics import OfflineMetric
 from datasets import Features, Sequence, Value
 from rouge_score.rouge_scorer import RougeScorer
@@ -102,14 +102,26 @@ METRICS: dict[str, type[OfflineMetric]] = {
 }
 
 
-def text_metric(names: list[str]) -> evaluate.CombinedEvaluations:
-    """The metrics of these names, to be computed together."""
-    unknown = [name for name in names if name not in METRICS]
-    if unknown or not names:
-        raise ValueError(f"metrics: {unknown} should be one or more of {', '.join(METRICS)}.")
-    return evaluate.combine([METRICS[name](seed=0) for name in names])
-
-
 def sentences_on_lines(text: str) -> str:
     """One sentence a line, as rougeLsum wants them; a sentence ends at a stop that white space follows."""
     return "\n".join(filter(None, (line.strip() for line in re.split(r"(?<=[.!?])\s+|\n+", text))))
+
+
+def text_metric(names: list[str]) -> Callable[[list[str], list[str]], dict[str, float]]:
+    """A function of predictions and references that computes these metrics; for ROUGE by lines and stems."""
+    unknown = [name for name in names if name not in METRICS]
+    if unknown or not names:
+        raise ValueError(f"metrics: {unknown or 'none'} should be one or more of {', '.join(METRICS)}.")
+    metrics = {name: METRICS[name](seed=0) for name in names}
+
+    def compute(predictions: list[str], references: list[str]) -> dict[str, float]:
+        found = {}
+        for name, metric in metrics.items():
+            texts, options = {"predictions": predictions, "references": references}, {}
+            if name == "rouge":
+                texts = {key: [sentences_on_lines(text) for text in column] for key, column in texts.items()}
+                options = {"use_stemmer": True}
+            found |= metric.compute(**texts, **options)
+        return found
+
+    return compute

@@ -61,7 +61,7 @@ from common import runs
 from common.methods import MethodArguments, adapter_config, add_allocation
 from common.runs import RunArguments, run_seeds, write_results
 from data import DataArguments, encode, find_columns, load_splits
-from metrics import sentences_on_lines, text_metric
+from metrics import text_metric
 
 
 # Every linear layer of the blocks: self-attention, cross-attention and feed-forward.
@@ -141,16 +141,10 @@ def metric_function(tokenizer: PreTrainedTokenizerBase, args: DataArguments):
     metric = text_metric(args.metrics)
 
     def compute(prediction: EvalPrediction) -> dict[str, float]:
-        texts = {
-            "predictions": read_back(prediction.predictions, tokenizer, args),
-            "references": read_back(prediction.label_ids, tokenizer, args),
-        }
-        options = {}
-        if "rouge" in args.metrics:
-            texts = {name: [sentences_on_lines(text) for text in column] for name, column in texts.items()}
-            options = {"use_stemmer": True}
-        lengths = (prediction.predictions >= 0) & (prediction.predictions != tokenizer.pad_token_id)
-        return metric.compute(**texts, **options) | {"generated_tokens": float(lengths.sum(-1).mean())}
+        texts = (read_back(ids, tokenizer, args) for ids in (prediction.predictions, prediction.label_ids))
+        tokens = prediction.predictions[:, 1:]  # the first is the start, which is not generated
+        lengths = (tokens >= 0) & (tokens != tokenizer.pad_token_id)
+        return metric(*texts) | {"generated_tokens": float(lengths.sum(-1).mean())}
 
     return compute
 

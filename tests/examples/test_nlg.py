@@ -152,6 +152,22 @@ def test_sentences_on_lines(nlg):
     assert nlg.metrics.sentences_on_lines(text).splitlines() == lines
 
 
+def test_metrics_together(nlg):
+    """ROUGE compares stems, and sentences wherever they stand; the others see the texts as they are."""
+    metric = nlg.metrics.text_metric(["rouge", "exact_match"])
+    found = metric(["he walked. it rained."], ["it rains. he walks."])
+    assert found == {
+        "rouge1": 1.0,
+        "rouge2": pytest.approx(2 / 3),
+        "rougeL": 0.5,
+        "rougeLsum": 1.0,
+        "exact_match": 0.0,
+    }
+    assert metric(["a. b."], ["a. b."])["exact_match"] == 1.0
+    with pytest.raises(ValueError, match="none should be one or more of rouge"):
+        nlg.metrics.text_metric([])
+
+
 @functools.cache
 def literal_distance(a: str, b: str) -> int:
     if not a or not b:
@@ -167,7 +183,7 @@ def test_phoneme_error_rate_and_exact_match(nlg):
     distances = [literal_distance(*pair) for pair in zip(predictions, references, strict=True)]
     assert [nlg.metrics.edit_distance(*pair) for pair in zip(predictions, references, strict=True)] == distances
     metric = nlg.metrics.text_metric(["exact_match", "phoneme_error_rate"])
-    found = metric.compute(predictions=[*predictions, "ət"], references=[*references, "ət"])
+    found = metric([*predictions, "ət"], [*references, "ət"])
     assert found["phoneme_error_rate"] == pytest.approx(sum(distances) / (sum(map(len, references)) + 2))
     assert found["exact_match"] == pytest.approx((sum(d == 0 for d in distances) + 1) / 31)
 
