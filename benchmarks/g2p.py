@@ -77,6 +77,7 @@ def main(argv: list[str] | None = None) -> None:
         "epochs": training_args.num_train_epochs,
     }
     rows = json.loads(args.output.read_text())["rows"] if args.resume else []
+    store(args.output, rows, **settings)
 
     def add(method: str, rate: float, seed: int) -> None:
         if any((row["method"], row["learning_rate"], row["seed"]) == (method, rate, seed) for row in rows):
