@@ -331,6 +331,13 @@ def test_tied_weights_are_refused() -> None:
     assert get_rank_pattern(untied) == {"lm_head": 4}
 
 
+def test_modules_of_two_names_are_refused() -> None:
+    shared = nn.Linear(16, 16)
+    model = nn.Sequential(shared, nn.ReLU(), shared, nn.Linear(16, 16))
+    refuse(model, LowRankConfig(rank=2, target_modules=["0"]), ValueError, "weight of 0 is shared with another module")
+    assert get_rank_pattern(get_peft_model(model, LowRankConfig(rank=2, target_modules=["3"]))) == {"3": 2}
+
+
 def test_other_modules_are_refused(llama: TinyModel) -> None:
     made = LowRankConfig(rank=4, target_modules=["q_proj", "embed_tokens"])
     refuse(llama.make_model(), made, TypeError, "Target module model.embed_tokens is a Embedding")

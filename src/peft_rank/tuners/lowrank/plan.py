@@ -119,7 +119,9 @@ def check_untied(names: Iterable[str], modules: Mapping[str, nn.Module], model: 
     Raises:
         ValueError: If one does, with an embedding say.
     """
-    owners = Counter(id(p) for module in model.modules() for p in module.parameters(recurse=False))
+    # a module of two names is replaced under one of them only
+    named = model.named_modules(remove_duplicate=False)
+    owners = Counter(id(p) for _, module in named for p in module.parameters(recurse=False))
     tied = [name for name in names if owners[id(linear(modules[name]).weight)] > 1]
     if tied:
         raise ValueError(
