@@ -264,6 +264,8 @@ def test_compress_inspect_export_verify(
     before = TINY_MODELS["llama"].make_model().num_parameters()
     assert f"{before:,} -> {model.num_parameters():,} parameters" in printed
     assert AutoTokenizer.from_pretrained(out).pad_token == "?"
+    assert Path(out, "ranks.png").is_file()
+    assert "](ranks.png)" in Path(out, "README.md").read_text()
 
     assert main(["inspect", out]) == 0
     shown = capsys.readouterr().out
