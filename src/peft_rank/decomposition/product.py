@@ -65,6 +65,11 @@ def truncate_product(up: Tensor, down: Tensor, rank: int) -> Truncation:
             f"`rank={rank}` must be between 0 and {min(width, in_features, out_features)}, for factors of shapes "
             f"{tuple(up.shape)} and {tuple(down.shape)}."
         )
+    with torch.autocast(up.device.type, enabled=False):
+        return _truncated(up, down, rank)
+
+
+def _truncated(up: Tensor, down: Tensor, rank: int) -> Truncation:
     (q_up, r_up), (q_down, r_down), core = _core(up, down)
     left, values, right = (part.to(r_up) for part in torch.linalg.svd(core, full_matrices=False))
     left, values, right = left[:, :rank], values[:rank], right[:rank]
@@ -72,7 +77,7 @@ def truncate_product(up: Tensor, down: Tensor, rank: int) -> Truncation:
     vectors = q_up @ left
     signs = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))[0].sign()
     left, right = left * signs, right * signs[:, None]
-    alive = values > torch.finfo(values.dtype).eps * width * core.abs().amax().to(values)
+    alive = values > torch.finfo(values.dtype).eps * up.shape[1] * core.abs().amax().to(values)
     root = torch.where(alive, values, 0).sqrt()
     inverse = torch.where(alive, values, 1).rsqrt() * alive
     length = torch.where(alive, root, down.to(r_down).norm(dim=1).mean())  # (r,), of the rows of `down`

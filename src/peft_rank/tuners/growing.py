@@ -88,9 +88,10 @@ def rotated(up: nn.Parameter, down: nn.Parameter, cut: Truncation) -> tuple[Repl
 
 
 def _moment(name: str, value: Tensor, follow) -> Tensor | None:
-    if name in FIRST_MOMENTS:
-        return follow(value, 1)
-    return follow(value, 2) if name in SECOND_MOMENTS else None
+    with torch.autocast(value.device.type, enabled=False):
+        if name in FIRST_MOMENTS:
+            return follow(value, 1)
+        return follow(value, 2) if name in SECOND_MOMENTS else None
 
 
 def remember_optimizers() -> None:

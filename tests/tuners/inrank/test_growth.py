@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -277,6 +278,24 @@ def test_moments_are_rotated_with_the_product() -> None:
     torch.testing.assert_close(
         optimizer.state[new_down]["momentum_buffer"], total * new_up.T @ gradient, atol=1e-4, rtol=1e-4
     )
+
+
+def test_ranks_and_moments_are_exact_within_autocast() -> None:
+    """A loop that keeps autocast on around the whole step, which costs its forward pass alone the precision."""
+    model = adapted(LLAMA, growth_steps=7)
+    optimizer = adam(model)
+    steps_by_hand(model, LLAMA, 1, 6, optimizer)
+    expected = copy.deepcopy((model, optimizer.state_dict()["state"]))
+    layers = model.base_model.adapter_layers("default").values()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        model.base_model.update_and_allocate(7, optimizer)
+    assert not any(layer.is_growing("default") for layer in layers)
+    again, _ = expected
+    for_again = adam(again)
+    for_again.load_state_dict({**for_again.state_dict(), "state": expected[1]})
+    again.base_model.update_and_allocate(7, for_again)
+    assert_close(factors(model), factors(again), 1e-6)
+    assert_close(optimizer.state_dict()["state"], for_again.state_dict()["state"], 1e-6)
 
 
 OTHERS: dict[str, Callable[[Any], torch.optim.Optimizer]] = {

@@ -355,6 +355,19 @@ def test_finalized_factors_are_a_compressed_model(tiny: TinyModel, tmp_path: Pat
     assert_close(logits(loaded, tiny), logits(model, tiny), 1e-6)
 
 
+def test_factors_have_the_dtype_of_the_weights_that_they_replace(tmp_path: Path) -> None:
+    """Or the model that is left would multiply one dtype by another."""
+    model = get_peft_model(GPT2.make_model().bfloat16(), config(GPT2, from_scratch=True, growth_steps=4))
+    optimizer = adam(model)
+    steps_by_hand(model, GPT2, 1, 6, optimizer)
+    expected = logits(model, GPT2)
+    model.base_model.finalize(optimizer)
+    assert {p.dtype for p in model.get_base_model().parameters()} == {torch.bfloat16}
+    assert torch.equal(logits(model.get_base_model(), GPT2), expected)
+    save_compressed(model, tmp_path)
+    assert torch.equal(logits(load_compressed(tmp_path), GPT2), expected)
+
+
 def test_a_loaded_model_can_be_finalized(tmp_path: Path) -> None:
     model, optimizer = grown(GPT2, from_scratch=True)
     model.save_pretrained(tmp_path)

@@ -323,6 +323,20 @@ def test_gradient_checkpointing_changes_nothing(method: str, llama: TinyModel) -
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-5, atol=1e-8, msg=name)
 
 
+@both_methods
+def test_reentrant_checkpointing_is_refused(method: str, llama: TinyModel) -> None:
+    """It goes backward once for every block, and the masks of a step, which the blocks share, only once."""
+    model = searched(method, llama)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # transformers 5.23 has other names for it
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+        with pytest.raises(RuntimeError, match=r"gradient_checkpointing_kwargs=\{'use_reentrant': False\}"):
+            model.train()(**llama.make_batch(4))
+        model.eval()(**llama.make_batch(4))
+        model.gradient_checkpointing_disable()
+    model.train()(**llama.make_batch(4)).loss.backward()
+
+
 def test_decompositions_are_cached(llama: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = searched("l2lrc", llama, factor_cache=str(tmp_path))
     assert len(list(tmp_path.glob("*.safetensors"))) == 14
@@ -415,6 +429,8 @@ def test_a_search_that_never_ran_says_so(method: str, llama: TinyModel, tmp_path
         model.base_model.finalize()
     with pytest.warns(UserWarning, match="never ran"):
         model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="never ran"):
+        model.merge_adapter()
     with pytest.raises(ValueError, match="one adapter at a time"):
         model.add_adapter("second", config(method, llama))
 

@@ -105,6 +105,11 @@ class InRankModel(InRankTraining, AdditiveTuner):
                 if isinstance(layer, InRankLinear):
                     layer.get_base_layer().weight.requires_grad_(True)
 
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        # factors that are the weights have their dtype, as everything else in the model has its own
+        in_place = self.peft_config[adapter_name].from_scratch
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype and not in_place)
+
     def delete_adapter(self, adapter_name: str) -> None:
         self._check_removable("deleted")
         super().delete_adapter(adapter_name)

@@ -162,6 +162,16 @@ class RankSearchModel(RankSearchTraining):
         self._hook.remove()
         return super()._unload_and_optionally_merge(*args, **kwargs)
 
+    def _check_merge_allowed(self) -> None:
+        super()._check_merge_allowed()
+        for adapter_name in self._states:
+            self._warn_if_never_searched(adapter_name)
+
+    def _warn_if_never_searched(self, adapter_name: str) -> None:
+        state = self._states[adapter_name]
+        if state.recorded == state.step == 0 and not self.peft_config[adapter_name].inference_mode:
+            warnings.warn(self._never_searched(adapter_name), stacklevel=3)
+
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         setattr(parent, child_name, new_module)
 
@@ -242,8 +252,7 @@ class RankSearchModel(RankSearchTraining):
                     entries |= {f"{name}.{_FACTORS}.{key}": value for key, value in found.items() if value is not None}
         where = None
         if state is not None:
-            if state.recorded == 0 and not config.inference_mode and state.step == 0:
-                warnings.warn(tuner._never_searched(adapter_name), stacklevel=2)
+            tuner._warn_if_never_searched(adapter_name)
             first = next(iter(tuner.searching_layers(adapter_name)))
             blob = state.pack()
             entries[f"{PEFT_PREFIX}{first}.{cls.prefix}state"] = blob

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,8 @@ class RankSearchTraining(AdaptiveRankTuner):
                 self._select_ranks()
 
     def _begin_step(self, name: str, layers: dict[str, SearchLayer]) -> None:
+        if self._states[name].recorded == 0:
+            self._check_checkpointing()
         made_from, logits = self._fresh.pop(name, (None, None))
         if not torch.is_grad_enabled() or made_from != self._values_of_now(name):
             logits = self.mask_logits(name)
@@ -115,6 +118,20 @@ class RankSearchTraining(AdaptiveRankTuner):
         self._selected_from = None
         for i, layer in enumerate(layers.values()):
             layer.begin_step(StepMask(hard[i, : min(layer.shape)], *rows[i]))
+
+    def _check_checkpointing(self) -> None:
+        """Reentrant checkpointing goes backward once for every block, and the first of them would free the graph of the
+        masks, which all blocks share."""
+        for module in self.model.modules():
+            # attributes of a module that transformers made checkpoint its forward pass
+            function = vars(module).get("_gradient_checkpointing_func")
+            reentrant = isinstance(function, partial) and function.keywords.get("use_reentrant")
+            if reentrant and module.gradient_checkpointing:
+                raise RuntimeError(
+                    "A search cannot go backward through reentrant checkpointing. Set "
+                    "`gradient_checkpointing_kwargs={'use_reentrant': False}`, in the `TrainingArguments` or where "
+                    "`gradient_checkpointing_enable` is called."
+                )
 
     def _draw(self, name: str, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Soft and hard mask of this optimizer step: the same for all of its micro-batches and on every process."""
