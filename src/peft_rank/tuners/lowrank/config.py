@@ -138,8 +138,8 @@ class LowRankConfig(CompressionConfig):
     its weight stays dense, with its original weight, and counts as dense.
 
     `allocation="spectral"` compares modules by the part of their whole that ranks drop. By the amount, which theory sums up,
-    the few modules of the largest outputs take the budget, and perplexity is worse than with uniform ranks: what a module
-    feeds is normalised or added to others of its size, so that the part is what is felt.
+    the few modules of the largest outputs take the budget, and with whitening the perplexity can be worse than with uniform
+    ranks: what a module feeds is normalised or added to others of its size, so that the part is what is felt.
 
     Example:
 
@@ -182,7 +182,7 @@ class LowRankConfig(CompressionConfig):
         default="relative",
         metadata={
             "help": "What `allocation='spectral'` sums up. 'relative': the part of its whole that each module drops. "
-            "'absolute': the amount, which favours modules of large outputs, and is worse than 'uniform' for language models."
+            "'absolute': the amount, which favours modules of large outputs, and can be worse than 'uniform'."
         },
     )
 
