@@ -108,13 +108,20 @@ def alone(tmp_path: Path):
     dist.destroy_process_group()
 
 
-@pytest.mark.parametrize("placement", [Shard(0), Shard(1), Replicate()])
-def test_tensors_are_gathered_whatever_their_layout(alone, placement) -> None:
-    full = [torch.randn(5, 3), torch.randn(2, 7).double(), torch.randn(4, 2)]
-    parts = [full[0], distribute_tensor(full[1], alone, [placement]), distribute_tensor(full[2], alone, [placement])]
+def test_tensors_are_gathered_and_cut_again(alone) -> None:
+    """With one process, whose part is all; the trainings above have two, of which one may have fewer rows."""
+    full = [torch.randn(5, 3), torch.randn(2, 7).double(), torch.randn(4), torch.randn(5, 3)]
+    parts = [full[0], *(distribute_tensor(tensor, alone, [Shard(0)]) for tensor in full[1:])]
     for expected, part, whole in zip(full, parts, gather(parts), strict=True):
+        assert type(whole) is type(own_part(part)) is torch.Tensor
         torch.testing.assert_close(whole, expected, rtol=0, atol=0)
         torch.testing.assert_close(own_rows(expected, part), own_part(part), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("placement", [Shard(1), Replicate()])
+def test_other_layouts_are_refused(alone, placement) -> None:
+    with pytest.raises(RuntimeError, match="A factor is distributed as .*not with tensor parallelism"):
+        gather([distribute_tensor(torch.randn(5, 3), alone, [placement])])
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------

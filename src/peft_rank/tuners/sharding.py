@@ -6,66 +6,77 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Sequence
+from functools import cache
 
 import torch
 import torch.distributed as dist
 
 
 if dist.is_available():
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Shard
+
+    ROWS = (Shard(0),)
 
 
 def is_sharded(tensor: torch.Tensor) -> bool:
-    """Whether the tensor is a part of a larger one, and says so."""
-    return dist.is_available() and isinstance(tensor, DTensor)
+    """Whether every process holds some rows of the tensor only.
+
+    Raises:
+        RuntimeError: If it is distributed in another way: by columns, or over several dimensions of devices.
+    """
+    if not dist.is_available() or not isinstance(tensor, DTensor):
+        return False
+    if tensor.device_mesh.ndim != 1 or tensor.placements != ROWS:
+        raise RuntimeError(
+            f"A factor is distributed as {tensor.placements} over {tensor.device_mesh}. Ranks are allocated where every process "
+            "holds rows of the factors, as FSDP2 does: not with tensor parallelism, nor where groups of processes hold copies."
+        )
+    return True
 
 
+@torch.no_grad()
 def own_part(tensor: torch.Tensor) -> torch.Tensor:
     """What this process holds of a tensor, in the same memory."""
     return tensor.to_local() if is_sharded(tensor) else tensor
 
 
+@torch.no_grad()
 def own_rows(full: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Of a full tensor, what this process would hold if it were sharded as `like` is."""
     if not is_sharded(like):
         return full
-    if not _in_rows(like):
-        return (
-            like.from_local(full, like.device_mesh, run_check=False)
-            .redistribute(placements=like.placements)
-            .to_local()
-        )
-    rows = math.ceil(len(full) / like.device_mesh.size())
-    start = rows * like.device_mesh.get_local_rank()
-    return full[start : start + rows]
+    processes, rank = _place(like.device_mesh)
+    rows = math.ceil(len(full) / processes)
+    # with offload, the parts are in another memory than what is gathered
+    return full[rows * rank : rows * (rank + 1)].to(like.to_local().device)
+
+
+@cache
+def _place(mesh: DeviceMesh) -> tuple[int, int]:
+    """Number of processes and which of them this one is. Kept: finding out takes as long as adding a small tensor."""
+    return mesh.size(), mesh.get_local_rank()
 
 
 @torch.no_grad()
 def gather(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The tensors in full, on every process. All that are sharded alike come in one message: an adapter has hundreds of
-    small ones."""
+    """The tensors in full, on every process. All of one shape come in one message: an adapter has hundreds of small ones,
+    of a few shapes."""
     full = list(tensors)
     alike: dict[tuple, list[int]] = defaultdict(list)
     for position, tensor in enumerate(tensors):
         if is_sharded(tensor):
-            if _in_rows(tensor):
-                alike[tensor.device_mesh, tensor.dtype, tensor.device].append(position)
-            else:
-                full[position] = tensor.full_tensor()
-    for (mesh, dtype, device), positions in alike.items():
-        shapes = [tensors[position].shape for position in positions]
-        sizes = [math.ceil(shape[0] / mesh.size()) * math.prod(shape[1:]) for shape in shapes]
-        own = torch.zeros(sum(sizes), dtype=dtype, device=device)
-        for part, position in zip(own.split(sizes), positions, strict=True):
-            values = tensors[position].to_local().flatten()
-            part[: len(values)] = values
-        together = DTensor.from_local(own, mesh, [Shard(0)], run_check=False).full_tensor()
-        columns = together.view(mesh.size(), -1).split(sizes, 1)
-        for position, shape, parts in zip(positions, shapes, columns, strict=True):
-            full[position] = parts.reshape(-1)[: shape.numel()].view(shape)
+            alike[tensor.device_mesh, tensor.shape, tensor.dtype].append(position)
+    for (mesh, shape, _), positions in alike.items():
+        rows = math.ceil(shape[0] / mesh.size())
+        own = torch.stack([_fill(tensors[position].to_local(), rows) for position in positions])  # (g, rows, ...)
+        together = DTensor.from_local(own, mesh, [Shard(1)], run_check=False).full_tensor()
+        for position, whole in zip(positions, together.unbind(), strict=True):
+            full[position] = whole[: shape[0]]
     return full
 
 
-def _in_rows(tensor: torch.Tensor) -> bool:
-    """Whether the processes hold equally many rows each, the last ones fewer."""
-    return tensor.device_mesh.ndim == 1 and tensor.placements == (Shard(0),)
+def _fill(part: torch.Tensor, rows: int) -> torch.Tensor:
+    """The part with zeros up to so many rows: the last processes have fewer."""
+    missing = rows - len(part)
+    return torch.cat([part, part.new_zeros(missing, *part.shape[1:])]) if missing else part
