@@ -272,12 +272,13 @@ def test_factors_start_with_the_variance_of_the_weight(tiny: TinyModel) -> None:
         for name, module in tiny.make_model().named_modules()
         if isinstance(module, (nn.Linear, Conv1D))
     }
-    model = adapted(tiny, from_scratch=True, init_r=12)
+    scale = 4.0 if tiny.conv1d else 1.0
+    model = adapted(tiny, from_scratch=True, init_r=12, init_scale=scale)
     products, weights = [], []
     for name, layer in model.base_model.adapter_layers("default").items():
         A, B = layer.inrank_A["default"].detach(), layer.inrank_B["default"].detach()
         assert A.norm() == pytest.approx(B.norm().item(), rel=0.2)
-        products.append((B @ A).std() / base[name].std())
+        products.append((B @ A).std() / (scale * base[name].std()))
         weights.append(base[name].std())
     assert torch.stack(products).mean() == pytest.approx(1.0, abs=0.05)
     assert min(products) > 0.7
@@ -423,6 +424,8 @@ def test_quantized_bases() -> None:
         ({"growth_ratio": 0.0}, "`growth_ratio=0.0`"),
         ({"rank_multiple": 0}, "`rank_multiple=0`"),
         ({"lora_dropout": 1.0}, "`lora_dropout=1.0`"),
+        ({"from_scratch": True, "init_scale": 0.0}, "`init_scale=0.0` must be a number above 0"),
+        ({"init_scale": 2.0}, "`init_scale=2.0` is for `from_scratch=True`"),
         ({"from_scratch": True, "lora_alpha": 5}, "`lora_alpha=5` is for a product that is added"),
         ({"from_scratch": True, "lora_dropout": 0.1}, "`lora_dropout=0.1` is for a product"),
         ({"from_scratch": True, "bias": "all"}, "`bias='all'` is for a product"),

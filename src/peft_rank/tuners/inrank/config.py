@@ -125,6 +125,13 @@ class InRankConfig(AdaptedModulesConfig):
             "always starts with the variance of the weight that it replaces."
         },
     )
+    init_scale: float = field(
+        default=1.0,
+        metadata={
+            "help": "With `from_scratch`, how many times as large as the weight that it replaces the product starts. Products "
+            "that start small learn slowly at first: 2 to 4 where the model's own deviation is far below 1 / sqrt(width)."
+        },
+    )
 
     def __post_init__(self) -> None:
         self.peft_type = PeftType.INRANK
@@ -144,10 +151,16 @@ class InRankConfig(AdaptedModulesConfig):
         if self.lora_alpha is None:
             self.lora_alpha = float(self.init_r)
         check_number("lora_alpha", self.lora_alpha, lambda value: value > 0, "above 0")
+        check_number("init_scale", self.init_scale, lambda value: value > 0, "above 0")
         check_number("lora_dropout", self.lora_dropout, lambda value: 0 <= value < 1, "in [0, 1)")
         self._check_growth()
         if self.from_scratch:
             self._check_from_scratch()
+        elif self.init_scale != 1:
+            raise ValueError(
+                f"`init_scale={self.init_scale}` is for `from_scratch=True`, where the product takes the place of a weight. An "
+                "update is scaled by `lora_alpha`."
+            )
 
     @property
     def scaling(self) -> float:

@@ -236,7 +236,7 @@ class InRankFactors(InRankLinear):
     def __init__(self, base_layer: nn.Module, adapter_name: str, config: InRankConfig, **kwargs: Any) -> None:
         weight = base_layer.weight
         deviation = 0.0 if weight.is_meta else float(weight.detach().float().std())
-        self._deviation = deviation if math.isfinite(deviation) else 0.0
+        self._deviation = config.init_scale * deviation if math.isfinite(deviation) else 0.0
         super().__init__(base_layer, adapter_name, config, **kwargs)
         self._free_weight()
 
@@ -248,8 +248,9 @@ class InRankFactors(InRankLinear):
     @torch.no_grad()
     def reset_parameters(self, adapter_name: str, init_weights: bool) -> None:
         """
-        A normal start for the product: its entries have the deviation s of the weight that it replaces (so that whatever
-        the model does for its residual branches is kept), the factors are normal and balanced, ||A|| = ||B||.
+        A normal start for the product: its entries have the deviation s of the weight that it replaces, times `init_scale`
+        (so that whatever the model does for its residual branches is kept), the factors are normal and balanced,
+        ||A|| = ||B||.
 
         w a^2 b^2 = s^2 for the deviations a and b of A and B, and in * a^2 = out * b^2. The released code draws both
         uniformly (variances 1 / (3 in) and 1 / (3 max_r)), whatever the model's own initialisation. A weight of zeros
