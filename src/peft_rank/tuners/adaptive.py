@@ -4,16 +4,35 @@
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from .sharding import own_part, own_rows
 
 
 ShrinkPolicy = Literal["each", "last"]
+
+
+def add_to_gradients(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
+    """
+    Add to `.grad`, in one call.
+
+    Args:
+        parameters (`Sequence[torch.nn.Parameter]`): Where to; under FSDP every process has rows of them.
+        gradients (`Sequence[Tensor]`): In full, the same on every process.
+    """
+    for parameter in parameters:
+        if parameter.grad is None:
+            # in the parameter's own layout, which fused optimizers insist on
+            parameter.grad = torch.zeros_like(parameter)
+    parts = [own_rows(gradient, p) for gradient, p in zip(gradients, parameters, strict=True)]
+    torch._foreach_add_([own_part(parameter.grad) for parameter in parameters], parts)
 
 
 class RankLayer(BaseTunerLayer):

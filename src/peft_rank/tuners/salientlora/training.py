@@ -20,8 +20,8 @@ from transformers.trainer_pt_utils import get_model_param_count
 
 from peft_rank.orthogonality import orthogonality, orthogonality_gradient
 
-from ..adaptive import AdaptiveRankTuner, ShrinkPolicy
-from ..sharding import gather, is_sharded, own_part, own_rows
+from ..adaptive import AdaptiveRankTuner, ShrinkPolicy, add_to_gradients
+from ..sharding import gather, is_sharded
 from ..shrinking import can_slice_state, swap_parameters, unwrap_optimizer
 from .allocator import RankAllocator
 from .checkpoint import exact_rank_pattern
@@ -116,13 +116,7 @@ class SalientLoRATraining(AdaptiveRankTuner):
             self._refuse_sharded(name)
             # each factor for itself: where one gradient's layout is another, that of all would be added one by one
             for parameters, gradients in self._regularization(name):
-                for parameter in parameters:
-                    if parameter.grad is None:
-                        # in the parameter's own layout, which fused optimizers insist on
-                        parameter.grad = torch.zeros_like(parameter)
-                # under FSDP every process has rows of them, and adds the same rows
-                gradients = [own_rows(gradient, p) for gradient, p in zip(gradients, parameters, strict=True)]
-                torch._foreach_add_([own_part(parameter.grad) for parameter in parameters], gradients)
+                add_to_gradients(parameters, gradients)
 
     def arm_regularization(self, loss_scale: float = 1.0) -> None:
         for name in self._trained_adapters():

@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from transformers.trainer_pt_utils import get_model_param_count
 
 from ...allocation.masks import gumbel_mask, keep_probability, uniform_noise
-from ..adaptive import AdaptiveRankTuner, ShrinkPolicy
+from ..adaptive import AdaptiveRankTuner, ShrinkPolicy, add_to_gradients
 from ..lowrank.entry import record_compression
 from ..salientlora.checkpoint import exact_pattern
 from ..salientlora.functional import AddToGradient
@@ -182,13 +182,7 @@ class RankSearchTraining(AdaptiveRankTuner):
             parameters = [p for p in self.mask_parameters(name) if p.requires_grad]
             logits = self.mask_logits(name)
             loss = self.regularizer(name, logits, self._draw(name, logits)[1])
-            gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
-            for parameter, gradient in zip(parameters, gradients, strict=True):
-                if gradient is None:
-                    continue
-                if parameter.grad is None:
-                    parameter.grad = torch.zeros_like(parameter)
-                parameter.grad.add_(gradient)
+            add_to_gradients(parameters, torch.autograd.grad(loss, parameters))
 
     def arm_regularization(self, loss_scale: float = 1.0) -> None:
         for name in self._trained_adapters():
