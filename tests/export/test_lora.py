@@ -12,11 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
 
-from peft_rank import SalientLoRAConfig, export_lora, get_rank_pattern
+from peft_rank import InRankConfig, LowRankConfig, SalientLoRAConfig, export_lora, get_rank_pattern
 from peft_rank.export.lora import export_lora_files
 from runs import adam, adapted, assert_close, config, logits, steps_by_hand
 from tiny_models import TINY_MODELS, TinyModel
@@ -283,6 +283,14 @@ def test_what_cannot_be_exported(llama: TinyModel, tmp_path: Path) -> None:
         export_lora(model, tmp_path / "lora")
     model.unmerge_adapter()
     export_lora(model, tmp_path / "lora")
+
+
+@pytest.mark.parametrize("config", [InRankConfig(init_r=2), LowRankConfig(rank=2)], ids=["inrank", "lowrank"])
+def test_other_methods_are_refused_with_the_way_out(config: PeftConfig, llama: TinyModel, tmp_path: Path) -> None:
+    config.target_modules = ["q_proj"]
+    with pytest.raises(TypeError, match=r"only SalientLoRA becomes plain LoRA exactly.*merge_and_unload"):
+        export_lora(get_peft_model(llama.make_model(), config), tmp_path / "lora")
+    assert not (tmp_path / "lora").exists()
 
 
 def test_an_adapter_without_any_rank(llama: TinyModel, tmp_path: Path) -> None:

@@ -133,11 +133,18 @@ def read_model(model: nn.Module, adapter_name: str | None = None) -> AdapterSnap
         adapter_name (`str`, *optional*): The adapter, by default the first active one.
 
     Raises:
-        TypeError: If the model has no such adapter.
+        TypeError: If the model has no such adapter, or only one of another method.
         ValueError: If the adapter is merged.
         RuntimeError: If its parameters are sharded over processes.
     """
     model = bare_model(model)
+    others = {type(module).__name__ for module in model.modules() if isinstance(module, RankLayer)}
+    if others and not any(isinstance(module, SalientLoRALayer) for module in model.modules()):
+        raise TypeError(
+            f"The model's adapter is made of {', '.join(sorted(others))}; only SalientLoRA becomes plain LoRA exactly. "
+            "`model.merge_and_unload()` gives a model without adapter; of a compression, `finalize()` and "
+            "`save_compressed` write a smaller one."
+        )
     adapter_name, layers = adapter_layers(model, adapter_name, SalientLoRALayer)
     if any(adapter_name in layer.merged_adapters for layer in layers.values()):
         raise ValueError(
