@@ -113,11 +113,16 @@ def test_importing_and_reloading_changes_nothing_of_peft(tmp_path: Path) -> None
         before = [list(peft.PeftType), *map(dict, (C, T, P, M))]
         import peft_rank
         member = peft.PeftType.SALIENTLORA
+        ours = [peft.PeftType(n) for n in ("SALIENTLORA", "LOWRANK", "ADAPTIVE_RANK_SVD", "L2LRC", "INRANK")]
 
         def check():
-            assert list(peft.PeftType)[:-1] == before[0] and list(peft.PeftType)[-1] is member
+            types = list(peft.PeftType)
+            assert types[: len(before[0])] == before[0]
+            assert set(types[len(before[0]) :]) == set(ours)
             for old, new in zip(before[1:], (C, T, P, M)):
-                assert all(new[key] is value for key, value in old.items()) and len(new) == len(old) + 1
+                assert all(new[key] is value for key, value in old.items())
+                assert set(new) - set(old) <= set(ours) and member in new
+            assert all(key in mapping for key in ours for mapping in (C, T, P))
             module = sys.modules["peft_rank.tuners.salientlora"]
             assert C[member] is module.SalientLoRAConfig and T[member] is module.SalientLoRAModel
             for mixed in (False, True):
