@@ -46,9 +46,9 @@ def _zeros(numel: int, device: torch.device, dtype: torch.dtype) -> torch.Tensor
 
 
 @lru_cache(maxsize=1024)
-def _filled(sizes: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    """(g, max(sizes)), 1 in the first `sizes[i]` places of row i. Kept: making it waits for the device."""
-    places = torch.arange(max(sizes))
+def _filled(sizes: tuple[int, ...], width: int, device: torch.device) -> torch.Tensor:
+    """(g, width), 1 in the first `sizes[i]` places of row i. Kept: making it waits for the device."""
+    places = torch.arange(width)
     return (places < torch.tensor(sizes)[:, None]).to(device, torch.float32)
 
 
@@ -81,7 +81,7 @@ def _stacks(
                 masks = join_ranks(masks, 0, widths).view(-1, width)
                 stack = stack * masks.unsqueeze(2 if rank_dim == 0 else 1)
             elif min(sizes) < width:
-                masks = _filled((*sizes, width), device)[:-1]
+                masks = _filled(tuple(sizes), width, device)
             yield chunk, stack, masks
 
 

@@ -14,7 +14,7 @@ from torch import nn
 from .tuners.adaptive import AdaptiveRankTuner, RankLayer
 from .tuners.lowrank import LowRankLinear
 from .tuners.lowrank.model import CompressionTuner
-from .tuners.salientlora.checkpoint import exact_pattern, plain_name
+from .tuners.names import exact_pattern, plain_name
 
 
 LayerT = TypeVar("LayerT", bound=RankLayer)

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from peft_rank.ranks import bare_model, exact_modules
-from peft_rank.tuners.salientlora.checkpoint import PEFT_PREFIX, exact_pattern
+from peft_rank.tuners.names import PEFT_PREFIX, exact_pattern
 
 from .card import CARD_NAME, HERE, START, lora_card
 from .draft import draft_of

@@ -24,9 +24,9 @@ from peft_rank.tuners.adaptive import RankLayer
 from peft_rank.tuners.config import AdaptedModulesConfig
 from peft_rank.tuners.inrank import InRankConfig, InRankModel
 from peft_rank.tuners.lowrank import LowRankLinear
+from peft_rank.tuners.names import PEFT_PREFIX, plain_name
 from peft_rank.tuners.salientlora import SalientLoRAConfig, SalientLoRALayer
 from peft_rank.tuners.salientlora.allocator import read_state
-from peft_rank.tuners.salientlora.checkpoint import PEFT_PREFIX, plain_name
 from peft_rank.tuners.search.layer import SearchLayer
 
 

@@ -35,6 +35,12 @@ def add_to_gradients(parameters: Sequence[nn.Parameter], gradients: Sequence[Ten
     torch._foreach_add_([own_part(parameter.grad) for parameter in parameters], parts)
 
 
+def check_step(global_step: int) -> None:
+    """Raises `ValueError` if this cannot be a number of completed optimizer steps."""
+    if global_step < 0:
+        raise ValueError(f"`global_step={global_step}` must not be negative: it counts completed optimizer steps.")
+
+
 class RankLayer(BaseTunerLayer):
     """A layer whose adapters have ranks. The first of `adapter_layer_names` is keyed by all of them."""
 

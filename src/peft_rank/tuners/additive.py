@@ -5,18 +5,20 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
 from peft.utils import AuxiliaryTrainingWrapper, resolve_quantization_backend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from .adaptive import RankLayer
+from .names import plain_name
 
 
 TunerT = TypeVar("TunerT", bound=BaseTuner)
@@ -27,6 +29,14 @@ class AdditiveLayer(RankLayer):
     """A layer that adds the updates of its adapters to the output of a base layer."""
 
     merged_adapters: list[str]
+
+    @abstractmethod
+    def width(self, adapter_name: str) -> int:
+        """Number of ranks that the factors hold, whatever of them is pruned or not open yet."""
+
+    @abstractmethod
+    def factor_shapes(self, width: int) -> list[tuple[int, ...]]:
+        """Shapes of the factors at a width, in the order of `adapter_layer_names`."""
 
     @abstractmethod
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
@@ -122,6 +132,32 @@ class AdditiveTuner(BaseTuner):
             # put back when unloading: the base class would look for a weight, which a pooler in `modules_to_save` has not
             setattr(parent, child_name, new_module)
 
+    @staticmethod
+    @abstractmethod
+    def _create_new_module(config: PeftConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> AdditiveLayer:
+        """The layer around `target`."""
+
+    @classmethod
+    def _adapt(
+        cls,
+        tuner: BaseTuner,
+        config: PeftConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        **kwargs: Any,
+    ) -> None:
+        """Give the target the adapter: in the layer that it is, or in a new one. `tuner` may be a `PeftMixedModel`'s, which
+        borrows `_create_and_replace` of this class."""
+        if isinstance(target, cls.tuner_layer_cls):
+            target.update_layer(adapter_name, config=config, **kwargs)
+            return
+        new_module = cls._create_new_module(config, adapter_name, target, **kwargs)
+        if adapter_name not in tuner.active_adapters:
+            new_module.requires_grad_(False)
+        tuner._replace_module(parent, target_name, new_module, target)
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Hand `adapter_names` of a mixed-batch inference down to the layers."""
@@ -207,3 +243,44 @@ def named_layers(model: nn.Module, adapter_name: str, layer_class: type[LayerT])
         for name, module in model.named_modules()
         if isinstance(module, layer_class) and adapter_name in module.adapters()
     }
+
+
+def check_widths(
+    layers: Mapping[str, AdditiveLayer], adapter_name: str, state_dict: Mapping[str, torch.Tensor], method: str
+) -> dict[str, int]:
+    """
+    The width of every layer in a checkpoint; layers that it does not have keep theirs.
+
+    Args:
+        layers (`Mapping[str, AdditiveLayer]`): Layers by their name in the base model.
+        adapter_name (`str`): The adapter that is loaded into.
+        state_dict (`Mapping[str, torch.Tensor]`): The checkpoint, keys without adapter name.
+        method (`str`): Its name, for messages.
+
+    Raises:
+        ValueError: If there is no factor at all, or one lacks or has a shape that does not fit its module or the others.
+    """
+    tensors = {plain_name(key): tensor for key, tensor in state_dict.items()}
+    widths, present = {}, False
+    for name, layer in layers.items():
+        letters = ", ".join(attribute.rpartition("_")[2] for attribute in layer.adapter_layer_names)
+        factors = [tensors.get(f"{name}.{attribute}") for attribute in layer.adapter_layer_names]
+        if all(factor is None for factor in factors):
+            widths[name] = layer.width(adapter_name)
+            continue
+        present = True
+        width = 0 if factors[0] is None or factors[0].dim() == 0 else factors[0].shape[0]
+        found = [None if factor is None else tuple(factor.shape) for factor in factors]
+        expected = layer.factor_shapes(width)
+        if found != expected:
+            raise ValueError(
+                f"The checkpoint has factors {letters} of shapes {found} for {name}, whose weight takes {expected}. It is "
+                "damaged or belongs to another model; nothing was loaded."
+            )
+        widths[name] = width
+    if layers and not present:
+        raise ValueError(
+            f"The checkpoint holds none of the {method} factors of adapter {adapter_name!r}. It belongs to another PEFT method "
+            "or to other target modules; nothing was loaded."
+        )
+    return widths

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from peft_rank import RankAllocationCallback, get_rank_pattern
-from peft_rank.tuners.salientlora.checkpoint import exact_pattern, plain_name
+from peft_rank.tuners.names import exact_pattern, plain_name
 from runs import Interrupted, StopAt, adapted, assert_close, config, logits, train, weights
 from tiny_models import TINY_MODELS
 

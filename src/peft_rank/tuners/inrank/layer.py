@@ -116,6 +116,9 @@ class InRankLinear(nn.Module, AdditiveLayer):
         """Ranks that exist, the buffer included."""
         return self.inrank_B[adapter_name].shape[-1]
 
+    def factor_shapes(self, width: int) -> list[tuple[int, ...]]:
+        return [(width, self.in_features), (self.out_features, width)]
+
     def wanted_width(self, adapter_name: str, config: InRankConfig) -> int:
         """The width for the present rank: with the buffer, rounded up, within the limit."""
         return _width(self.inrank_r[adapter_name], self.inrank_max_r[adapter_name], config)

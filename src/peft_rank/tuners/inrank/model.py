@@ -18,9 +18,9 @@ from peft.utils import (
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from ..additive import AdditiveTuner, check_linear, find_tuner, named_layers
+from ..additive import AdditiveTuner, check_linear, check_widths, find_tuner, named_layers
 from ..lowrank.linear import LowRankLinear
-from ..salientlora.checkpoint import PEFT_PREFIX, plain_name
+from ..names import PEFT_PREFIX, plain_name
 from .config import InRankConfig
 from .layer import InRankFactors, InRankLinear
 from .training import Clock, InRankTraining, rank_pattern
@@ -78,14 +78,8 @@ class InRankModel(InRankTraining, AdditiveTuner):
         kwargs = {"fixed_r": config.rank_pattern.get(key), **get_quantization_kwargs(self)}
         if config.from_scratch:
             _check_replaceable(self.model, current_key, target, **kwargs)
-        if isinstance(target, InRankLinear):
-            target.update_layer(adapter_name, config=config, **kwargs)
-            return
         # by class, not by self: `PeftMixedModel` borrows this method
-        new_module = InRankModel._create_new_module(config, adapter_name, target, **kwargs)
-        if adapter_name not in self.active_adapters:
-            new_module.requires_grad_(False)
-        self._replace_module(parent, target_name, new_module, target)
+        InRankModel._adapt(self, config, adapter_name, target, target_name, parent, **kwargs)
 
     @staticmethod
     def _create_new_module(config: InRankConfig, adapter_name: str, target: nn.Module, **kwargs: Any) -> InRankLinear:
@@ -177,7 +171,12 @@ class InRankModel(InRankTraining, AdditiveTuner):
         cls, model: nn.Module, config: InRankConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         layers = {plain_name(name): layer for name, layer in named_layers(model, adapter_name, InRankLinear).items()}
-        widths = check_widths(layers, adapter_name, state_dict)
+        if not layers:
+            raise ValueError(
+                f"The model has no InRank layer of adapter {adapter_name!r}: it was finalized, or has other target modules; "
+                "nothing was loaded."
+            )
+        widths = check_widths(layers, adapter_name, state_dict, "InRank")
         tuner = find_tuner(cls, model)
         if tuner is not None:
             states, state_dict = _split(state_dict, ".inrank_state")
@@ -206,45 +205,6 @@ def _initial_width(layer: InRankLinear, name: str, config: InRankConfig) -> int:
     """The width that a module gets from the configuration."""
     fixed = config.rank_pattern.get(get_pattern_key(config.rank_pattern.keys(), name))
     return layer.initial_width(config) if fixed is None else fixed
-
-
-def check_widths(
-    layers: Mapping[str, InRankLinear], adapter_name: str, state_dict: Mapping[str, torch.Tensor]
-) -> dict[str, int]:
-    """
-    The width of every layer in a checkpoint; layers that it does not have keep theirs.
-
-    Args:
-        layers (`Mapping[str, InRankLinear]`): Layers by their name in the base model.
-        adapter_name (`str`): The adapter that is loaded into.
-        state_dict (`Mapping[str, torch.Tensor]`): The checkpoint, keys without adapter name.
-
-    Raises:
-        ValueError: If there is no factor at all, or one lacks or does not fit its module or the other one.
-    """
-    tensors = {plain_name(key): tensor for key, tensor in state_dict.items()}
-    widths, present = {}, False
-    for name, layer in layers.items():
-        A, B = (tensors.get(f"{name}.{attribute}") for attribute in layer.adapter_layer_names)
-        if A is None and B is None:
-            widths[name] = layer.width(adapter_name)
-            continue
-        present = True
-        width = 0 if A is None or A.dim() == 0 else A.shape[0]
-        found = [None if factor is None else tuple(factor.shape) for factor in (A, B)]
-        expected = [(width, layer.in_features), (layer.out_features, width)]
-        if found != expected:
-            raise ValueError(
-                f"The checkpoint has factors A, B of shapes {found} for {name}, whose weight takes {expected}. It is damaged "
-                "or belongs to another model; nothing was loaded."
-            )
-        widths[name] = width
-    if not present:
-        raise ValueError(
-            f"The checkpoint holds none of the InRank factors of adapter {adapter_name!r}. It belongs to another PEFT method or "
-            "to other target modules, or the adapter that it is loaded into was finalized; nothing was loaded."
-        )
-    return widths
 
 
 def _check_replaceable(model: nn.Module, name: str, target: nn.Module, **kwargs: Any) -> None:

@@ -23,7 +23,7 @@ from transformers.trainer_pt_utils import get_model_param_count
 from peft_rank.allocation.growth import explained_ratio, next_rank
 from peft_rank.decomposition.product import Truncation
 
-from ..adaptive import AdaptiveRankTuner, ShrinkPolicy
+from ..adaptive import AdaptiveRankTuner, ShrinkPolicy, check_step
 from ..growing import (
     active_data_parallel,
     check_rebuildable,
@@ -34,7 +34,7 @@ from ..growing import (
 )
 from ..lowrank.entry import record_compression
 from ..lowrank.linear import LowRankLinear
-from ..salientlora.checkpoint import exact_pattern
+from ..names import exact_pattern
 from ..shrinking import Replacement, replace_parameters, unwrap_optimizer
 from .layer import InRankFactors, InRankLinear
 
@@ -164,8 +164,7 @@ class InRankTraining(AdaptiveRankTuner):
     def update_and_allocate(
         self, global_step: int, optimizer: Optimizer | None = None, shrink: ShrinkPolicy = "each"
     ) -> bool:
-        if global_step < 0:
-            raise ValueError(f"`global_step={global_step}` must not be negative: it counts completed optimizer steps.")
+        check_step(global_step)
         decided = False
         for name in self._trained_adapters():
             clock, config = self.clock(name), self.peft_config[name]

@@ -21,7 +21,7 @@ from torch import nn
 
 from ...calibration.targets import injected_modules, is_targeted
 from ...decomposition import Factors
-from ..salientlora.checkpoint import exact_pattern, plain_name
+from ..names import exact_pattern, plain_name
 from .config import CompressionConfig, LowRankConfig
 from .entry import record_compression
 from .layer import FactorizedLinear

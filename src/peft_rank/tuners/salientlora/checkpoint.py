@@ -10,28 +10,15 @@ layers from the configuration alone expects exactly what the file holds.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
 import torch
 
+from ..names import exact_pattern, plain_name
 from ..sharding import is_sharded
 from .allocator import RankAllocator
 from .config import SalientLoRAConfig
 from .layer import SalientLoRALayer
-
-
-PEFT_PREFIX = "base_model.model."
-
-
-def plain_name(name: str) -> str:
-    """Name of a module in the base model."""
-    return name.removeprefix(PEFT_PREFIX)
-
-
-def exact_pattern(name: str) -> str:
-    """Pattern that PEFT matches with this module only (a bare name also matches longer paths that end with it)."""
-    return "^" + re.escape(name)
 
 
 def exact_rank_pattern(ranks: Mapping[str, int], init_r: int) -> dict[str, int]:
@@ -93,48 +80,3 @@ def _state_to_save(allocator: RankAllocator) -> torch.Tensor | None:
     # in reference mode the budget may stay unmet, so that the ranks alone do not tell that all was decided
     plain = allocator.finished and bool(allocator.alive.all()) and allocator.total <= allocator.target_total
     return allocator.pack() if allocator.last_step > 0 and not plain and not allocator.closed else None
-
-
-def check_widths(
-    layers: Mapping[str, SalientLoRALayer], adapter_name: str, state_dict: Mapping[str, torch.Tensor]
-) -> dict[str, int]:
-    """
-    The rank of every layer in a checkpoint; layers that it does not have keep theirs.
-
-    Args:
-        layers (`Mapping[str, SalientLoRALayer]`): Layers by their name in the base model.
-        adapter_name (`str`): The adapter that is loaded into.
-        state_dict (`Mapping[str, torch.Tensor]`): The checkpoint, keys without adapter name.
-
-    Raises:
-        ValueError: If there is no factor at all, or one lacks or has a shape that does not fit its module or the other
-            two.
-    """
-    tensors = {plain_name(key): tensor for key, tensor in state_dict.items()}
-    ranks, present = {}, False
-    for name, layer in layers.items():
-        factors = [tensors.get(f"{name}.{attribute}") for attribute in layer.adapter_layer_names]
-        if all(factor is None for factor in factors):
-            ranks[name] = layer.salientlora_r[adapter_name]
-            continue
-        present = True
-        if any(factor is None for factor in factors):
-            raise ValueError(
-                f"The checkpoint has not all of the factors A, E, B of {name}. It is damaged; nothing was loaded."
-            )
-        A, E, B = factors
-        rank = A.shape[0] if A.dim() > 0 else 0
-        expected = ((rank, layer.in_features), (rank,), (layer.out_features, rank))
-        found = tuple(tuple(factor.shape) for factor in (A, E, B))
-        if found != expected:
-            raise ValueError(
-                f"The checkpoint has factors A, E, B of shapes {found} for {name}, whose weight takes {expected}. It "
-                "is damaged or belongs to another model; nothing was loaded."
-            )
-        ranks[name] = rank
-    if layers and not present:
-        raise ValueError(
-            f"The checkpoint holds none of the SalientLoRA factors of adapter {adapter_name!r}. It belongs to another PEFT "
-            "method or to other target modules; nothing was loaded."
-        )
-    return ranks

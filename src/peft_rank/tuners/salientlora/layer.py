@@ -166,6 +166,12 @@ class SalientLoRALayer(AdditiveLayer):
         else:
             self.salientlora_mask[adapter_name] = keep
 
+    def width(self, adapter_name: str) -> int:
+        return self.salientlora_r[adapter_name]
+
+    def factor_shapes(self, width: int) -> list[tuple[int, ...]]:
+        return [(width, self.in_features), (width,), (self.out_features, width)]
+
     def rank(self, adapter_name: str) -> int:
         """Number of ranks that are not pruned."""
         mask = self.salientlora_mask.get(adapter_name)
@@ -173,7 +179,7 @@ class SalientLoRALayer(AdditiveLayer):
 
     def masked_E(self, adapter_name: str) -> torch.Tensor:
         """E, (r,), with 0 for pruned ranks."""
-        E, mask = self.salientlora_E[adapter_name], self.salientlora_mask.get(adapter_name)
+        E, mask = self.stored(adapter_name).E, self.salientlora_mask.get(adapter_name)
         if mask is None:
             return E
         # the model may have been moved or cast since
@@ -192,7 +198,7 @@ class SalientLoRALayer(AdditiveLayer):
         if adapter_name in self._armed and torch.is_grad_enabled():
             A = AddToGradient.apply(A, self._armed, adapter_name, 0)
             B = AddToGradient.apply(B, self._armed, adapter_name, 1)
-        return Factors(A, self.masked_E(adapter_name) if adapter_name in self.salientlora_mask else E, B)
+        return Factors(A, self.masked_E(adapter_name), B)
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """`scaling * B diag(E) A` in the layout of the base weight and the dtype of A, computed in float32 at least."""

@@ -14,8 +14,9 @@ from peft.utils import (
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from ..additive import AdditiveTuner, check_linear, find_tuner, named_layers
-from .checkpoint import check_widths, plain_name, to_checkpoint
+from ..additive import AdditiveTuner, check_linear, check_widths, find_tuner, named_layers
+from ..names import plain_name
+from .checkpoint import to_checkpoint
 from .config import SalientLoRAConfig
 from .layer import SalientLoRALayer, SalientLoRALinear
 from .training import SalientLoRATraining
@@ -66,14 +67,8 @@ class SalientLoRAModel(AdditiveTuner, SalientLoRATraining):
             "state_numel": state["numel"] if state.get("module") == current_key else 0,
             **get_quantization_kwargs(self),
         }
-        if isinstance(target, SalientLoRALayer):
-            target.update_layer(adapter_name, config=config, **kwargs)
-            return
         # by class, not by self: `PeftMixedModel` borrows this method
-        new_module = SalientLoRAModel._create_new_module(config, adapter_name, target, **kwargs)
-        if adapter_name not in self.active_adapters:
-            new_module.requires_grad_(False)
-        self._replace_module(parent, target_name, new_module, target)
+        SalientLoRAModel._adapt(self, config, adapter_name, target, target_name, parent, **kwargs)
 
     @staticmethod
     def _create_new_module(
@@ -119,7 +114,7 @@ class SalientLoRAModel(AdditiveTuner, SalientLoRATraining):
         layers = {
             plain_name(name): layer for name, layer in named_layers(model, adapter_name, SalientLoRALayer).items()
         }
-        ranks = check_widths(layers, adapter_name, state_dict)
+        ranks = check_widths(layers, adapter_name, state_dict, "SalientLoRA")
         tuner = find_tuner(cls, model)
         if tuner is not None:
             state_key = next((key for key in state_dict if key.endswith(".salientlora_state")), None)

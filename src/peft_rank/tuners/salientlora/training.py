@@ -20,7 +20,7 @@ from transformers.trainer_pt_utils import get_model_param_count
 
 from peft_rank.orthogonality import orthogonality, orthogonality_gradient
 
-from ..adaptive import AdaptiveRankTuner, ShrinkPolicy, add_to_gradients
+from ..adaptive import AdaptiveRankTuner, ShrinkPolicy, add_to_gradients, check_step
 from ..sharding import gather, is_sharded
 from ..shrinking import can_slice_state, swap_parameters, unwrap_optimizer
 from .allocator import RankAllocator
@@ -169,8 +169,7 @@ class SalientLoRATraining(AdaptiveRankTuner):
     def update_and_allocate(
         self, global_step: int, optimizer: Optimizer | None = None, shrink: ShrinkPolicy = "each"
     ) -> bool:
-        if global_step < 0:
-            raise ValueError(f"`global_step={global_step}` must not be negative: it counts completed optimizer steps.")
+        check_step(global_step)
         decided = False
         for name in self._allocating_adapters():
             allocator = self.allocator(name)

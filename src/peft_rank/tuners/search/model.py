@@ -30,7 +30,7 @@ from ..lowrank.plan import (
     statistics_by_module,
     uncompressed_parameters,
 )
-from ..salientlora.checkpoint import PEFT_PREFIX, exact_pattern, plain_name
+from ..names import PEFT_PREFIX, exact_pattern, plain_name
 from .config import RankSearchConfig
 from .factors import SearchFactors, Spectrum, decompose_weight, empty_spectrum
 from .layer import SearchLayer

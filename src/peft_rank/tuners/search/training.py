@@ -17,9 +17,9 @@ from torch.optim import Optimizer
 from transformers.trainer_pt_utils import get_model_param_count
 
 from ...allocation.masks import gumbel_mask, keep_probability, uniform_noise
-from ..adaptive import AdaptiveRankTuner, ShrinkPolicy, add_to_gradients
+from ..adaptive import AdaptiveRankTuner, ShrinkPolicy, add_to_gradients, check_step
 from ..lowrank.entry import record_compression
-from ..salientlora.checkpoint import exact_pattern
+from ..names import exact_pattern
 from ..salientlora.functional import AddToGradient
 from .functional import StepMask, needed_rows
 from .layer import SearchLayer
@@ -206,8 +206,7 @@ class RankSearchTraining(AdaptiveRankTuner):
     def update_and_allocate(
         self, global_step: int, optimizer: Optimizer | None = None, shrink: ShrinkPolicy = "each"
     ) -> bool:
-        if global_step < 0:
-            raise ValueError(f"`global_step={global_step}` must not be negative: it counts completed optimizer steps.")
+        check_step(global_step)
         decided = False
         for name in self._trained_adapters():
             state = self._states[name]
