@@ -13,7 +13,7 @@ import pytest
 
 
 PROGRAM = """
-import json, sys
+import sys
 from pathlib import Path
 from peft_rank import RankAllocationCallback, calibrate
 from peft import get_peft_model
@@ -33,10 +33,14 @@ settings = {"report_to": ["trackio"], "project": "ranks", "run_name": "one", "tr
 trainer = make_trainer(model, llama, Path("out"), callbacks=[], logging_steps=4, **settings)
 trainer.add_callback(RankAllocationCallback(log=trainer.log))
 trainer.train()
+"""
 
+# another program: trackio writes what was logged last (our line of the end) when the first one exits
+READER = """
+import json
 from trackio.sqlite_storage import SQLiteStorage
 
-Path("logs.json").write_text(json.dumps([dict(entry) for entry in SQLiteStorage.get_logs("ranks", "one")], default=str))
+print(json.dumps([dict(entry) for entry in SQLiteStorage.get_logs("ranks", "one")], default=str))
 """
 
 
@@ -46,10 +50,11 @@ def test_scalars_reach_trackio(method: str, scalar: str, tmp_path: Path) -> None
     # in a process of its own, since trackio fixes its folder when it is imported
     environment = {**os.environ, "TRACKIO_DIR": str(tmp_path / "trackio"), "ACCELERATE_USE_CPU": "true"}
     environment["PYTHONPATH"] = str(Path(__file__).parent)
-    command = [sys.executable, "-c", PROGRAM, method]
-    result = subprocess.run(command, check=False, capture_output=True, text=True, cwd=tmp_path, env=environment)
-    assert result.returncode == 0, result.stderr
-    logs = json.loads((tmp_path / "logs.json").read_text())
+    for program in (PROGRAM, READER):
+        command = [sys.executable, "-c", program, method]
+        result = subprocess.run(command, check=False, capture_output=True, text=True, cwd=tmp_path, env=environment)
+        assert result.returncode == 0, result.stderr
+    logs = json.loads(result.stdout.splitlines()[-1])
     totals = [entry["train/rank/total"] for entry in logs if "train/rank/total" in entry]
     lines = [json.loads(line) for line in (tmp_path / "out" / "ranks.jsonl").read_text().splitlines()]
     assert totals == [line["rank/total"] for line in lines if line["event"] != "start"]
