@@ -26,8 +26,7 @@ from typing import Any
 
 import torch
 from _common import Deadline, argument_parser, store
-from _trainings import run_together
-from fwsvd_glue import Training, linears, metric
+from fwsvd_glue import Training, linears, metric, run_together
 from glue_quality import BATCH, TASKS, Data
 from peft import get_peft_model
 from torch import nn
