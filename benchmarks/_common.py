@@ -38,6 +38,47 @@ def store(path: Path, rows: list[dict[str, Any]], **settings: Any) -> None:
     path.write_text(json.dumps({"environment": environment(), "settings": settings, "rows": rows}, indent=1) + "\n")
 
 
+class Results:
+    """The rows of a result file, which is written after every row. What it holds already need not be measured again.
+
+    Args:
+        path (`Path`): The file.
+        key (`tuple[str, ...]`): What tells rows apart.
+        settings (*optional*): Of all rows alike. A `model` keeps the name that the file has for it.
+
+    Raises:
+        SystemExit: If the file holds rows of other settings.
+    """
+
+    def __init__(self, path: Path, key: tuple[str, ...], **settings: Any) -> None:
+        held = json.loads(path.read_text()) if path.is_file() else {"rows": [], "settings": {}}
+        settings = json.loads(json.dumps(settings))
+        self.path, self.key = path, key
+        self.settings = {name: held["settings"].get(name, value) for name, value in settings.items()}
+        other = [f"{name}={self.settings[name]}" for name in settings if self.settings[name] != settings[name]]
+        if other := [text for text in other if not text.startswith("model=")]:
+            raise SystemExit(
+                f"{path} holds rows of {', '.join(other)}: move it away, or name another file by --output."
+            )
+        self._rows = {self._key_of(row): row for row in held["rows"] if "error" not in row}
+
+    @property
+    def rows(self) -> list[dict[str, Any]]:
+        return list(self._rows.values())
+
+    def _key_of(self, row: dict[str, Any]) -> tuple[Any, ...]:
+        return tuple(row.get(name) for name in self.key)
+
+    def find(self, row: dict[str, Any]) -> dict[str, Any] | None:
+        """The row of the same key, if there is one."""
+        return self._rows.get(self._key_of(row))
+
+    def add(self, row: dict[str, Any]) -> None:
+        self._rows[self._key_of(row)] = row
+        print(row, flush=True)
+        store(self.path, self.rows, **self.settings)
+
+
 class Deadline:
     """What is left of a part's time; a part that runs out of it stores what it has."""
 

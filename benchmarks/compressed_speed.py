@@ -10,20 +10,21 @@ Weights and factors are random; ranks are those that a budget over the decoder's
 transformers model as `generate` calls it; "CUDA graph", its layers in one graph; "compile", the same with every layer
 through `torch.compile`, once for all layers. Decomposition is by whitening, module by module, as the tuner does it,
 collecting the statistics left out. Needs one GPU of 100 GB, or of 80 GB with fewer models.
+
+Rows that --output holds are not measured again: what --seconds cut off goes on by the same command.
 """
 
 from __future__ import annotations
 
 import gc
-import json
 import statistics
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from _common import Deadline, argument_parser, captured, store, synchronize
+from _common import Deadline, Results, argument_parser, captured, synchronize
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, StaticCache
 
@@ -37,6 +38,7 @@ SHAPES = {
     "llama-7b": {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32},
     "tiny": {"hidden_size": 128, "intermediate_size": 344, "num_attention_heads": 2, "vocab_size": 256},
 }
+KEY = ("part", "variant", "case", "model", "method", "workers")
 MODELS = ["dense", "0.8/64", "0.8/128", "0.8/1", "0.5/64", "0.5/128"]
 CASES = {"prefill 8 x 512": (8, 512), "decode 1": (1, 1), "decode 16": (16, 1)}
 CONTEXT, LENGTH = 512, 576  # tokens in the cache, and its size
@@ -85,19 +87,16 @@ def build(name: str, args: Namespace) -> LlamaForCausalLM:
     return model.eval()
 
 
-def build_all(args: Namespace, rows: list[dict[str, Any]], keep: Callable[[], None]) -> dict[str, LlamaForCausalLM]:
+def build_all(names: Iterable[str], args: Namespace, results: Results) -> dict[str, LlamaForCausalLM]:
     """The models, and a row of memory for each."""
     models = {}
-    for name in args.models:
+    for name in names:
         before = torch.cuda.memory_allocated() if args.device == "cuda" else 0
-        model = build(name, args)
+        model = models[name] = build(name, args)
         after = torch.cuda.memory_allocated() if args.device == "cuda" else 0
         row = {"part": "memory", "model": name, "parameters": sum(p.numel() for p in model.parameters())}
         row |= {"mib": round((after - before) / 2**20, 1), "ranks": layer_ranks(name, args.shape)}
-        models[name] = model
-        rows.append(row)
-        print(row, flush=True)
-    keep()
+        results.add(row)
     return models
 
 
@@ -205,21 +204,22 @@ def timing(call: Callable[[], Any]) -> dict[str, float]:
 
 
 @torch.no_grad()
-def speed(args: Namespace, rows: list[dict[str, Any]], keep: Callable[[], None]) -> None:
-    models = build_all(args, rows, keep)
-    deadline = Deadline(args.seconds)
-    for variant in args.variants:
-        for case in CASES:
-            release(args.device)  # caches of the case before
-            for name in args.models if variant != "compile" else args.compiled:
-                row = {"part": "speed", "variant": variant, "case": case, "model": name}
-                if deadline.left() < 0:
-                    row["error"] = "out of time"
-                else:
-                    row |= speed_of(models[name], variant, case, args)
-                rows.append(row)
-                print(row, flush=True)
-                keep()
+def speed(args: Namespace, results: Results) -> None:
+    cells = [
+        {"part": "speed", "variant": variant, "case": case, "model": name}
+        for variant in args.variants
+        for case in CASES
+        for name in (args.models if variant != "compile" else args.compiled)
+    ]
+    todo, deadline = [row for row in cells if results.find(row) is None], Deadline(args.seconds)
+    models = build_all(dict.fromkeys(row["model"] for row in todo), args, results)
+    for done, row in enumerate(todo):
+        if deadline.left() <= 0:
+            print(f"Out of time: {len(todo) - done} of {len(cells)} rows are left. The same command goes on.")
+            break
+        release(args.device)  # caches of the case before
+        results.add(row | speed_of(models[row["model"]], row["variant"], row["case"], args))
+        print(f"{done + 1} of {len(todo)} rows in {args.seconds - deadline.left():.0f} s", flush=True)
 
 
 def speed_of(model: LlamaForCausalLM, variant: str, case: str, args: Namespace) -> dict[str, Any]:
@@ -254,7 +254,7 @@ def input_grams(args: Namespace) -> dict[str, Tensor]:
     return grams
 
 
-def decomposition(args: Namespace, rows: list[dict[str, Any]], keep: Callable[[], None]) -> None:
+def decomposition(args: Namespace, results: Results) -> None:
     """Some layers one weight after the other, by plain SVD and by whitening, then whitening of the whole model as the tuner
     does it, several weights at a time."""
     grams, shapes = input_grams(args), linear_shapes(args.shape)
@@ -275,7 +275,8 @@ def decomposition(args: Namespace, rows: list[dict[str, Any]], keep: Callable[[]
     for method, workers, layers in parts:
         row = {"part": "decomposition", "method": method, "workers": workers, "model": args.ranks, "layers": 0}
         row |= {"seconds": 0.0, "seconds_by_linear": dict.fromkeys(LINEARS, 0.0)}
-        rows.append(row)
+        if (results.find(row) or row)["layers"] >= layers:
+            continue
         while row["layers"] < layers and deadline.left() > 0:
             group = min(layers - row["layers"], 8) if workers > 1 else 1
             items = [
@@ -295,8 +296,7 @@ def decomposition(args: Namespace, rows: list[dict[str, Any]], keep: Callable[[]
             synchronize()
             row["seconds"] = round(row["seconds"] + time.perf_counter() - start, 3)
             row["layers"] += group
-            keep()
-        print(row, flush=True)
+        results.add(row)
 
 
 PARTS = {"speed": speed, "decomposition": decomposition}
@@ -313,10 +313,7 @@ def parse(argv: list[str] | None = None) -> Namespace:
     parser.add_argument("--compiled", nargs="+", default=["dense", "0.8/64", "0.5/64"], help="models to compile")
     parser.add_argument("--backend", default="inductor", help="of torch.compile")
     parser.add_argument("--ranks", default="0.8/64", help="model whose ranks the decomposition has")
-    parser.add_argument(
-        "--seconds", type=float, default=120, help="limit of a part; what is missing then is stored so"
-    )
-    parser.add_argument("--append", action="store_true", help="keep the rows that --output holds")
+    parser.add_argument("--seconds", type=float, default=240, help="limit of a part; no row is begun after that")
     args = parser.parse_args(argv)
     args.compiled = [name for name in args.compiled if name in args.models]
     args.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -326,9 +323,9 @@ def parse(argv: list[str] | None = None) -> Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     torch.manual_seed(0)
-    rows: list[dict[str, Any]] = json.loads(args.output.read_text())["rows"] if args.append else []
+    results = Results(args.output, KEY, shape=args.shape, layers=args.layers)
     for part in args.parts:
-        PARTS[part](args, rows, lambda: store(args.output, rows, shape=args.shape, layers=args.layers))
+        PARTS[part](args, results)
         release(args.device)
 
 

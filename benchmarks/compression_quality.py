@@ -8,6 +8,8 @@ Compresses the decoder's linears, calibrated on the first tokens of the training
 on the first tokens of the test text, in windows without overlap. Ratios count the decoder's linears; ranks are multiples
 of 8. Single precision throughout. Iterative decompositions stop after --iterations. Modules are decomposed several at a
 time, because small ones keep a GPU waiting.
+
+Rows that --output holds are not measured again: what --seconds cut off goes on by the same command.
 """
 
 from __future__ import annotations
@@ -18,18 +20,19 @@ import itertools
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from _common import Deadline, argument_parser, store
+from _common import Deadline, Results, argument_parser
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from peft_rank import LowRankConfig, calibrate
+from peft_rank import CalibrationStatistics, LowRankConfig, calibrate
 from peft_rank.allocation.parameters import parameter_budget, parameters, spectral_ranks, uniform_ranks
 from peft_rank.calibration.statistics import statistic_for
 from peft_rank.decomposition import ITERATIVE, STATISTIC, Factors, decompose, weighted_spectrum
@@ -38,6 +41,7 @@ from peft_rank.tuners.lowrank import LowRankLinear
 
 
 ALLOCATIONS = ("uniform", "spectral", "absolute")  # absolute: spectral, with `spectral_loss="absolute"`
+KEY = ("decomposition", "allocation", "ratio")
 RANK_MULTIPLE = 8
 BATCH = 8
 
@@ -94,12 +98,11 @@ def compressed(model: nn.Module, factors: dict[str, Factors]) -> Iterator[None]:
 
 
 class Calibration:
-    """Statistics by what they are of, each collected once, kept on the device while it is needed."""
+    """Statistics by what they are of, each collected once and kept on the device."""
 
     def __init__(self, model: nn.Module, ids: Tensor) -> None:
         self.model, self.ids = model, ids
-        self.kind: str | None = None
-        self.arguments: dict[str, dict[str, Tensor]] = {}
+        self.found: dict[str, CalibrationStatistics] = {}
 
     def arguments_for(self, method: str) -> dict[str, dict[str, Tensor]]:
         """Keyword arguments of `decompose` by module."""
@@ -107,69 +110,89 @@ class Calibration:
         names = list(linears(self.model))
         if kind is None:
             return {name: {} for name in names}
-        if kind != self.kind:
+        if kind not in self.found:
             batches = [{"input_ids": ids, "labels": ids, "use_cache": False} for ids in self.ids.split(BATCH)]
             config = LowRankConfig(rank=1, decomposition=method, target_modules=names)
-            statistics = calibrate(self.model, batches, config=config, progress=False)
-            self.kind = kind
-            self.arguments = {
-                name: {key: value.to(self.ids.device) for key, value in statistics.for_module(name, method).items()}
-                for name in names
-            }
-        return self.arguments
+            statistics = self.found[kind] = calibrate(self.model, batches, config=config, progress=False)
+            shared = {id(value): value.to(self.ids.device) for value in statistics.tensors[kind].values()}
+            statistics.tensors[kind] = {name: shared[id(value)] for name, value in statistics.tensors[kind].items()}
+        return {name: self.found[kind].for_module(name, method) for name in names}
+
+
+def cells(args: argparse.Namespace, results: Results) -> list[dict[str, Any]]:
+    """What is to be measured, and the file does not hold yet."""
+    grid = itertools.product(args.decompositions, args.allocations, args.ratios)
+    rows = [dict(zip(KEY, cell, strict=True)) for cell in grid]
+    return [row for row in rows if results.find(row) is None]
 
 
 def measure(
-    model: nn.Module, ids: Tensor, calibration: Calibration, args: argparse.Namespace
-) -> Iterator[dict[str, Any]]:
-    """A row for the dense model, and one for every decomposition, budget and ratio."""
-    yield {"decomposition": "dense", "perplexity": round(perplexity(model, ids), 3)}
+    model: nn.Module, ids: Tensor, calibration: Calibration, args: argparse.Namespace, results: Results
+) -> None:
+    """A row for the dense model, and one for every decomposition, budget and ratio that the file does not hold."""
+    dense = {"decomposition": "dense", "perplexity": round(perplexity(model, ids), 3)}
+    held = results.find(dense) or dense
+    if not math.isclose(held["perplexity"], dense["perplexity"], rel_tol=1e-3):
+        raise SystemExit(f"{args.output} is of another model or text: perplexity {held['perplexity']}, here {dense}.")
+    results.add(held)
+    todo, deadline, start = cells(args, results), Deadline(args.seconds), time.perf_counter()
+    for method, rows in itertools.groupby(todo, key=lambda row: row["decomposition"]):
+        if deadline.left() <= 0:
+            break
+        compress = compressor(model, method, calibration, args)
+        for row in rows:
+            if deadline.left() <= 0:
+                break
+            begin = time.perf_counter()
+            factors, kept = compress(row["allocation"], row["ratio"])
+            with compressed(model, factors):
+                row["perplexity"] = round(perplexity(model, ids), 3)
+            row |= {"kept": kept, "factorized": len(factors), "seconds": round(time.perf_counter() - begin, 2)}
+            results.add(row)
+            done, spent = todo.index(row) + 1, time.perf_counter() - start
+            print(
+                f"{done} of {len(todo)} rows in {spent:.0f} s, at this pace {spent / done * (len(todo) - done):.0f} s more"
+            )
+    if left := len(cells(args, results)):
+        print(f"Out of time: {left} rows are left. The same command goes on.")
+
+
+def compressor(
+    model: nn.Module, method: str, calibration: Calibration, args: argparse.Namespace
+) -> Callable[[str, float], tuple[dict[str, Factors], float]]:
+    """A function of budget and ratio: the factors of the modules that do not stay dense, and the part that is kept."""
     weights = {name: linear.weight.detach() for name, linear in linears(model).items()}
     shapes = [tuple(weight.shape) for weight in weights.values()]
-    dense = sum(map(math.prod, shapes))
-    deadline = Deadline(args.seconds)
-    for method in args.decompositions:
-        start = time.perf_counter()
-        if deadline.left() > 0:
-            given = calibration.arguments_for(method)
-            spectra = list(
-                in_parallel(
-                    lambda name, method=method, given=given: weighted_spectrum(weights[name], method, **given[name]),
-                    weights,
-                    args.workers,
-                )
-            )
-        for allocation, ratio in itertools.product(args.allocations, args.ratios):
-            row: dict[str, Any] = {"decomposition": method, "allocation": allocation, "ratio": ratio}
-            if deadline.left() <= 0:
-                yield row | {"error": "out of time"}
-                continue
-            budget = parameter_budget(shapes, ratio)
-            if allocation == "uniform":
-                found = uniform_ranks(shapes, budget, rank_multiple=RANK_MULTIPLE)
-            else:
-                compared = spectra if allocation == "absolute" else [s / s.norm() for s in spectra]
-                found = spectral_ranks(compared, shapes, budget, rank_multiple=RANK_MULTIPLE)
-            ranks = {name: rank for name, rank in zip(weights, found, strict=True) if rank is not None}
-            factors = in_parallel(
-                lambda name, method=method, given=given, ranks=ranks: decompose(
-                    weights[name], ranks[name], method, max_iterations=args.iterations, **given[name]
-                ),
-                ranks,
-                args.workers,
-            )
-            with compressed(model, dict(zip(ranks, factors, strict=True))):
-                row["perplexity"] = round(perplexity(model, ids), 3)
-            kept = sum(parameters(shape, rank) for shape, rank in zip(shapes, found, strict=True))
-            row |= {"kept": round(kept / dense, 5), "factorized": len(ranks)}
-            yield row | {"seconds": round(time.perf_counter() - start, 2)}
-            start = time.perf_counter()
+    given = calibration.arguments_for(method)
+
+    @cache
+    def spectra() -> list[Tensor]:
+        return list(
+            in_parallel(lambda name: weighted_spectrum(weights[name], method, **given[name]), weights, args.workers)
+        )
+
+    def compress(allocation: str, ratio: float) -> tuple[dict[str, Factors], float]:
+        budget = parameter_budget(shapes, ratio)
+        if allocation == "uniform":
+            found = uniform_ranks(shapes, budget, rank_multiple=RANK_MULTIPLE)
+        else:
+            compared = spectra() if allocation == "absolute" else [s / s.norm() for s in spectra()]
+            found = spectral_ranks(compared, shapes, budget, rank_multiple=RANK_MULTIPLE)
+        ranks = {name: rank for name, rank in zip(weights, found, strict=True) if rank is not None}
+        factors = in_parallel(
+            lambda name: decompose(weights[name], ranks[name], method, max_iterations=args.iterations, **given[name]),
+            ranks,
+            args.workers,
+        )
+        kept = sum(parameters(shape, rank) for shape, rank in zip(shapes, found, strict=True))
+        return dict(zip(ranks, factors, strict=True)), round(kept / sum(map(math.prod, shapes)), 5)
+
+    return compress
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argument_parser(__doc__, "compression_quality")
-    methods = [method for method in STATISTIC if method not in ITERATIVE] + list(ITERATIVE)
-    methods.sort(key=lambda method: (statistic_for(method) or "", method in ITERATIVE))
+    methods = [method for method in STATISTIC if method not in ITERATIVE] + list(ITERATIVE)  # slow ones last
     parser.add_argument("--model", required=True, help="causal language model, a directory or a name on the Hub")
     parser.add_argument("--data", type=Path, help="folder of <split>.jsonl.gz; the Hub's WikiText-2 by default")
     parser.add_argument("--decompositions", nargs="+", default=methods, choices=methods)
@@ -178,27 +201,23 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--test-tokens", type=int, default=20_480)
     parser.add_argument("--calibration-tokens", type=int, default=65_536)
-    parser.add_argument("--iterations", type=int, default=10, help="of em, nesterov and anderson")
+    parser.add_argument("--iterations", type=int, default=6, help="of em, nesterov and anderson")
     parser.add_argument("--workers", type=int, default=8, help="modules that are decomposed at the same time on a GPU")
-    parser.add_argument("--seconds", type=float, default=600, help="limit; what is missing then is stored so")
+    parser.add_argument("--seconds", type=float, default=500, help="limit; no row is begun after that")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
+    settings = {name: vars(args)[name] for name in ("context", "test_tokens", "calibration_tokens", "iterations")}
+    results = Results(args.output, KEY, model=Path(args.model).name, **settings)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_float32_matmul_precision("highest")
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).to(device).eval()
     test = windows(tokenizer, read_text("test", args.data), args.test_tokens, args.context).to(device)
     train = windows(tokenizer, read_text("train", args.data), args.calibration_tokens, args.context).to(device)
-    settings = {key: value for key, value in vars(args).items() if key not in ("output", "data")}
-    settings["model"] = Path(args.model).name
-    rows: list[dict[str, Any]] = []
-    for row in measure(model, test, Calibration(model, train), args):
-        rows.append(row)
-        print(row, flush=True)
-        store(args.output, rows, **settings)
+    measure(model, test, Calibration(model, train), args, results)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,9 @@
 A small encoder is fine-tuned on each task; all linears of its encoder are then replaced by factors of a fifth, two, three
 and four fifths of the full rank, and trained again. Embeddings stay as they are throughout. Statistics are of the first
 rows of the training set. Trainings share one GPU: each is captured into a CUDA graph and has a stream of its own.
+
+Rows that --output holds are not measured again: what --seconds cut off goes on by the same command, with dense models that
+are fine-tuned anew, the same but for rounding.
 """
 
 from __future__ import annotations
@@ -18,14 +21,15 @@ import functools
 import itertools
 import json
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import torch
-from _common import Deadline, argument_parser, captured, store
-from _trainings import run_together
+from _common import Deadline, Results, argument_parser, captured
 from glue_quality import BATCH, TASKS, Data, score
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -46,6 +50,7 @@ METHODS = {  # what is drawn: label, color (Okabe and Ito's, for the colour-blin
     "whitening": ("whitening", "#D55E00", "P"),
 }
 FIFTHS = (1, 2, 3, 4)
+KEY = ("task", "seed", "method", "fifths")
 METRICS = {"cola": ("CoLA", "Matthews correlation"), "stsb": ("STS-B", "mean of Pearson's and Spearman's correlation")}
 
 
@@ -109,6 +114,19 @@ class Training:
                 self.stream.synchronize()
 
 
+def run_together(starts: Iterable[Callable[[], Training]], streams: int) -> Iterator[Training]:
+    """Advances up to `streams` trainings in turn (one by one without CUDA) and yields each as it is done."""
+    waiting, running = deque(starts), []
+    while waiting or running:
+        while waiting and len(running) < (streams if torch.cuda.is_available() else 1):
+            running.append(waiting.popleft()())
+        for training in running:
+            training.step()
+        for training in [t for t in running if t.done == t.steps]:
+            running.remove(training)
+            yield training
+
+
 @torch.no_grad()
 def metric(model: nn.Module, data: Data) -> float:
     """Of the validation set, in points."""
@@ -155,14 +173,21 @@ def compressed(model: nn.Module, factors: dict[str, Factors]) -> nn.Module:
     return model
 
 
+def missing(task: str, seed: int, args: argparse.Namespace, results: Results) -> list[dict[str, Any]]:
+    """Beginnings of the rows of every rank and method that the file does not hold whole."""
+    grid = itertools.product(FIFTHS, args.methods)
+    rows = [{"task": task, "seed": seed, "method": method, "fifths": fifths} for fifths, method in grid]
+    return [row for row in rows if "after" not in (results.find(row) or {})]
+
+
 def cells(
-    model: nn.Module, data: Data, args: argparse.Namespace, seed: int
+    model: nn.Module, data: Data, args: argparse.Namespace, rows: list[dict[str, Any]]
 ) -> Iterator[tuple[dict[str, Any], dict[str, Factors]]]:
-    """A row and factors for every rank and method."""
+    """Rows with the factors of their rank and method."""
     weights = {name: linear.weight.detach() for name, linear in linears(model).items()}
     given = statistics(model, data, args.calibration_rows, args.methods)
-    for fifths, method in itertools.product(FIFTHS, args.methods):
-        start = time.perf_counter()
+    for row in rows:
+        start, fifths, method = time.perf_counter(), row["fifths"], row["method"]
         ranks = {name: max(1, round(min(weight.shape) * fifths / 5)) for name, weight in weights.items()}
         factors = list(
             in_parallel(
@@ -174,18 +199,19 @@ def cells(
             )
         )
         kept = sum(rank * sum(weights[name].shape) for name, rank in ranks.items())
-        row = {"task": data.name, "seed": seed, "method": method, "fifths": fifths}
-        row |= {"kept": round(kept / sum(w.numel() for w in weights.values()), 4)}
-        row |= {"seconds": round(time.perf_counter() - start, 2)}
-        yield row, dict(zip(weights, factors, strict=True))
+        facts = {"kept": round(kept / sum(w.numel() for w in weights.values()), 4)}
+        facts |= {"seconds": round(time.perf_counter() - start, 2)}
+        yield row | facts, dict(zip(weights, factors, strict=True))
 
 
 # --- the study ---
 
 
-def study(seed: int, data: dict[str, Data], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Rows of one seed: the dense models, then every compressed one, which is yielded once more when it is trained."""
-    deadline = Deadline(args.seconds)
+def study(seed: int, data: dict[str, Data], args: argparse.Namespace, results: Results, deadline: Deadline) -> None:
+    """One seed: the dense models, then every compressed one, which is stored once more when it is trained."""
+    todo = {name: rows for name in data if (rows := missing(name, seed, args, results))}
+    if not todo or deadline.left() <= 0:
+        return
 
     def dense(name: str) -> Training:
         torch.manual_seed(seed)
@@ -197,26 +223,32 @@ def study(seed: int, data: dict[str, Data], args: argparse.Namespace) -> Iterato
         return Training(model, data[name], args.lr, args.dense_epochs or TASKS[name].epochs, row)
 
     models = {}
-    for training in run_together([functools.partial(dense, name) for name in data], args.streams):
+    for training in run_together([functools.partial(dense, name) for name in todo], args.streams):
         training.model.zero_grad()
         models[training.data.name] = training.model
-        yield training.row | {"before": metric(training.model, training.data)}
+        if results.find(training.row) is None:
+            results.add(training.row | {"before": metric(training.model, training.data)})
     waiting = []
     for name, model in models.items():
-        for row, factors in cells(model, data[name], args, seed):
+        for row, factors in cells(model, data[name], args, todo[name]):
             row["before"] = metric(compressed(model, factors), data[name])
-            yield row
+            results.add(row)
             waiting.append((row, factors))
 
     def again(row: dict[str, Any], factors: dict[str, Factors]) -> Training:
         name = row["task"]
         return Training(compressed(models[name], factors), data[name], args.lr, args.epochs, row)
 
+    begin = time.perf_counter()
     for start in range(0, len(waiting), args.streams):
-        if deadline.left() > 0:
-            starts = [functools.partial(again, *cell) for cell in waiting[start : start + args.streams]]
-            for training in run_together(starts, args.streams):
-                yield training.row | {"after": metric(training.model, training.data)}
+        if deadline.left() <= 0:
+            return
+        starts = [functools.partial(again, *cell) for cell in waiting[start : start + args.streams]]
+        for training in run_together(starts, args.streams):
+            results.add(training.row | {"after": metric(training.model, training.data)})
+        done, spent = min(start + args.streams, len(waiting)), time.perf_counter() - begin
+        left = spent / done * (len(waiting) - done)
+        print(f"{done} of {len(waiting)} trainings in {spent:.0f} s, at this pace {left:.0f} s more", flush=True)
 
 
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
@@ -269,7 +301,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--iterations", type=int, default=10, help="of EM, Nesterov and Anderson")
     parser.add_argument("--workers", type=int, default=8, help="modules that are decomposed at the same time on a GPU")
     parser.add_argument("--streams", type=int, default=6, help="trainings at a time on one GPU")
-    parser.add_argument("--seconds", type=float, default=600, help="of a seed; no training is begun after that")
+    parser.add_argument("--seconds", type=float, default=500, help="limit; no training is begun after that")
     parser.add_argument("--picture", type=Path, default=PICTURE)
     parser.add_argument("--draw", action="store_true", help="draw what --output holds, and measure nothing")
     args = parser.parse_args(argv)
@@ -283,18 +315,18 @@ def main(argv: list[str] | None = None) -> None:
     if args.draw:
         draw(json.loads(args.output.read_text())["rows"], args.picture)
         return
+    settings = {name: vars(args)[name] for name in ("lr", "epochs", "dense_epochs", "calibration_rows", "iterations")}
+    results = Results(args.output, KEY, model=Path(args.model).name, **settings)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     data = {name: Data(name, args.data, tokenizer, device) for name in args.tasks}
-    settings = {k: v for k, v in vars(args).items() if k not in ("output", "picture", "data", "draw")}
-    settings["model"] = Path(args.model).name
-    rows: dict[tuple[Any, ...], dict[str, Any]] = {}
+    deadline = Deadline(args.seconds)
     for seed in args.seeds:
-        for row in study(seed, data, args):
-            rows[row["task"], row["seed"], row["method"], row["fifths"]] = row
-            print(row, flush=True)
-            store(args.output, list(rows.values()), **settings)
-    draw(list(rows.values()), args.picture)
+        study(seed, data, args, results, deadline)
+    if left := sum(len(missing(name, seed, args, results)) for name in data for seed in args.seeds):
+        print(f"Out of time: {left} rows are left. The same command goes on.")
+    if find_spec("matplotlib") is not None:
+        draw(results.rows, args.picture)
 
 
 if __name__ == "__main__":

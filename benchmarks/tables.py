@@ -200,7 +200,7 @@ def compression() -> list[str]:
         settings = result["settings"]
         note = (
             f"{settings['model']}, all linears of the encoder at the same part of the full rank, before and after "
-            f"training again (epochs: {settings['epochs']}; seeds: {len(settings['seeds'])}).\n"
+            f"training again (epochs: {settings['epochs']}; seeds: {len({row['seed'] for row in result['rows']})}).\n"
         )
         picture = "![Metric against rank](fwsvd_glue.png)\n"
         parts += ["## Compressed models: GLUE by rank\n", note, picture, origin(result)]

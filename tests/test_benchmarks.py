@@ -92,11 +92,14 @@ def test_compressed_speed_from_end_to_end(speed: ModuleType, tmp_path: Path, mon
     assert (whole["method"], whole["workers"], whole["layers"]) == ("whitening", WORKERS, 2)
     assert rows[-2]["workers"] == 1
     assert rows[-2]["seconds"] >= sum(rows[-2]["seconds_by_linear"].values()) - 0.01
-    speed.main([*tiny, "--parts", "decomposition", "--append", "--output", str(output)])
-    rows = json.loads(output.read_text())["rows"]
-    assert [row["part"] for row in rows].count("decomposition") == 6
-    assert timed == [row for row in rows if row["part"] == "speed"]
+    for name in ("build", "decompose"):
+        monkeypatch.setattr(speed, name, None)  # all is there
+    monkeypatch.setattr(speed, "in_parallel", lambda *args: [])
+    speed.main([*tiny, "--compiled", "dense", "--output", str(output)])
+    assert json.loads(output.read_text())["rows"] == rows
+    monkeypatch.undo()
 
+    monkeypatch.syspath_prepend(FOLDER)
     tables = importlib.import_module("tables")
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     for row in rows:
@@ -127,11 +130,15 @@ def test_perplexity_of_windows(quality: ModuleType, llama: TinyModel) -> None:
 
 
 @pytest.mark.parametrize("allocation", ["uniform", "spectral", "absolute"])
-def test_cells_are_what_the_tuner_gives(quality: ModuleType, llama: TinyModel, allocation: str) -> None:
+def test_cells_are_what_the_tuner_gives(
+    quality: ModuleType, llama: TinyModel, allocation: str, tmp_path: Path
+) -> None:
     model, ids = llama.make_model().eval(), llama.make_batch(8)["input_ids"]
     dense = {name: parameter.clone() for name, parameter in model.named_parameters()}
     args = quality.parse(["--model", "tiny", "--ratios", "0.7", "--allocations", allocation, "--iterations", "2"])
-    rows = list(quality.measure(model, ids, quality.Calibration(model, ids), args))
+    results = quality.Results(tmp_path / "rows.json", quality.KEY, model="tiny")
+    quality.measure(model, ids, quality.Calibration(model, ids), args, results)
+    rows = results.rows
     assert [row["decomposition"] for row in rows[1:]] == args.decompositions
     assert len(set(args.decompositions)) == 9
     assert all(row["kept"] <= 0.7 for row in rows[1:])
@@ -152,23 +159,41 @@ def test_cells_are_what_the_tuner_gives(quality: ModuleType, llama: TinyModel, a
     assert quality.perplexity(compressed, ids) == pytest.approx(row["perplexity"], rel=1e-3)
 
 
-def test_quality_is_cut_short_and_tabled(
+def test_quality_is_cut_short_resumed_and_tabled(
     quality: ModuleType, llama: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, ids = llama.make_model().eval(), llama.make_batch(4)["input_ids"]
-    args = quality.parse(["--model", "tiny", "--seconds", "0", "--decompositions", "svd", "whitening"])
-    rows = list(quality.measure(model, ids, quality.Calibration(model, ids), args))
-    assert len(rows) == 1 + 2 * 6
-    assert all(row["error"] == "out of time" for row in rows[1:])
-    rows[1] |= {"perplexity": 123.44}
+    output = tmp_path / "compression_quality.json"
+    settings = {"test_tokens": 20_480, "context": 12, "calibration_tokens": 99}
+    arguments = ["--model", "tiny", "--output", str(output), "--decompositions", "whitening", "svd", "--ratios", "0.7"]
+
+    def run(*more: str, model: torch.nn.Module = model, **other: Any) -> list[dict[str, Any]]:
+        args = quality.parse([*arguments, *more])
+        results = quality.Results(output, quality.KEY, model="Tiny", **{**settings, **other})
+        quality.measure(model, ids, quality.Calibration(model, ids), args, results)
+        return json.loads(output.read_text())["rows"]
+
+    assert len(run("--seconds", "0")) == 1
+    first = run("--allocations", "spectral")
+    monkeypatch.setattr(quality, "weighted_spectrum", None)  # uniform ranks need none, and spectral ones are there
+    whole = run()
+    assert whole[:3] == first
+    assert [(row["decomposition"], row["allocation"]) for row in whole[3:]] == [
+        ("whitening", "uniform"),
+        ("svd", "uniform"),
+    ]
+    monkeypatch.setattr(quality, "decompose", None)
+    assert run() == whole
+    with pytest.raises(SystemExit, match="holds rows of context=12"):
+        run(context=13)
+    with pytest.raises(SystemExit, match="of another model or text"):
+        run(model=llama.make_model(seed=1).eval())
+
     tables = importlib.import_module("tables")
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
-    common = importlib.import_module("_common")
-    settings = {"model": "tiny", "test_tokens": 20_480, "context": 12, "calibration_tokens": 99}
-    common.store(tmp_path / "compression_quality.json", rows, **settings)
     page = "\n".join(tables.compression())
-    assert "| SVD | 123.4 |  |  |  |  |  |" in page
-    assert "the first 20,480 tokens" in page
+    assert f"| SVD | {whole[2]['perplexity']:.1f} | {whole[4]['perplexity']:.1f} |" in page
+    assert "Tiny, WikiText-2, the first 20,480 tokens" in page
 
 
 @pytest.fixture
@@ -188,7 +213,7 @@ class Sentences:
         self.validation = TINY_MODELS["bert"].make_batch(40, seed=1)
 
 
-def test_training_again(glue: ModuleType) -> None:
+def test_training_again(glue: ModuleType, tmp_path: Path) -> None:
     data, model = Sentences(), TINY_MODELS["bert"].make_model()
     training = glue.Training(model, data, 3e-3, 4, {"seed": 0})
     for (trained,) in zip(glue.run_together([lambda: training], 2), strict=False):
@@ -199,7 +224,8 @@ def test_training_again(glue: ModuleType) -> None:
     assert len(names) == 12
     args = glue.parse(["--model", "tiny", "--calibration-rows", "64", "--iterations", "2"])
     embeddings = model.base_model.embeddings.word_embeddings.weight.clone()
-    found = list(glue.cells(model, data, args, seed=3))
+    results = glue.Results(tmp_path / "rows.json", glue.KEY)
+    found = list(glue.cells(model, data, args, glue.missing("cola", 3, args, results)))
     assert [(row["method"], row["fifths"]) for row, _ in found[:6]] == [(method, 1) for method in glue.METHODS]
     assert all(set(factors) == set(names) for _, factors in found)
     row, factors = found[-1]
@@ -213,6 +239,35 @@ def test_training_again(glue: ModuleType) -> None:
     assert not torch.equal(small.get_submodule(names[0]).up.weight, before)
     assert torch.equal(factors[names[0]].up, before), "the factors are used again"
     assert torch.equal(model.base_model.embeddings.word_embeddings.weight, embeddings)
+
+
+def test_glue_is_cut_short_and_resumed(glue: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    TINY_MODELS["bert"].make_model().save_pretrained(tmp_path / "bert")
+    monkeypatch.setattr(glue, "FIFTHS", (2, 4))
+    data, output = {"cola": Sentences()}, tmp_path / "rows.json"
+    data["cola"].train = {key: value[:64] for key, value in data["cola"].train.items()}
+    arguments = ["--model", str(tmp_path / "bert"), "--methods", "svd", "whitening", "--calibration-rows", "32"]
+    args = glue.parse([*arguments, "--dense-epochs", "1", "--epochs", "1", "--streams", "2"])
+
+    def run(deadline: Any) -> list[dict[str, Any]]:
+        glue.study(0, data, args, glue.Results(output, glue.KEY, model="bert"), deadline)
+        return json.loads(output.read_text())["rows"]
+
+    class OneGroup:
+        asked = 0
+
+        def left(self) -> int:
+            self.asked += 1
+            return 3 - self.asked
+
+    first = run(OneGroup())
+    assert [row["method"] for row in first] == ["dense", "svd", "whitening", "svd", "whitening"]
+    assert ["after" in row for row in first] == [False, True, True, False, False]
+    whole = run(glue.Deadline(60))
+    assert whole[:3] == first[:3]
+    assert all("after" in row for row in whole[1:])
+    monkeypatch.setattr(glue, "Training", None)
+    assert run(glue.Deadline(60)) == whole
 
 
 def test_glue_is_drawn_and_tabled(glue: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -231,7 +286,7 @@ def test_glue_is_drawn_and_tabled(glue: ModuleType, tmp_path: Path, monkeypatch:
     tables = importlib.import_module("tables")
     monkeypatch.setattr(tables, "RESULTS", tmp_path)
     common = importlib.import_module("_common")
-    common.store(tmp_path / "fwsvd_glue.json", rows, model="tiny", epochs=2, seeds=[0, 1])
+    common.store(tmp_path / "fwsvd_glue.json", rows, model="tiny", epochs=2)
     page = "\n".join(tables.compression())
     assert "### cola: 55.0 dense" in page
     assert "| EM | 6.0 | 7.0 |  |  | 44.0 |  |  |  |" in page
