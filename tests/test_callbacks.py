@@ -492,7 +492,8 @@ def test_logging_through_the_trainer_reaches_history_and_tensorboard(
     # the Trainer's own lines are neither swallowed nor repeated
     assert [entry["step"] for entry in history if "loss" in entry] == [4, 8, 12, 16, 20]
     assert [entry["step"] for entry in history if "eval_loss" in entry] == [4, 8, 12, 16, 20]
-    events = EventAccumulator(str(next((tmp_path / "tb").rglob("events.out.tfevents.*")).parent))
+    (written,) = (tmp_path / "tb").rglob("events.out.tfevents.*")  # a log after the end would open a second file
+    events = EventAccumulator(str(written))
     events.Reload()
     tags = events.Tags()["scalars"]
     for scalar in SCALARS:
@@ -500,6 +501,49 @@ def test_logging_through_the_trainer_reaches_history_and_tensorboard(
         assert len(events.Scalars(tag)) >= 8
     totals = [event.value for event in events.Scalars(next(tag for tag in tags if tag.endswith("rank/total")))]
     assert totals[0] == 56 and totals[-1] == 28
+
+
+class Tracker(TrainerCallback):
+    """Opens a run with the training, and closes it at its end, as trackers do."""
+
+    def __init__(self) -> None:
+        self.runs: list[list[dict[str, Any]]] = []
+        self.is_open = False
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **kwargs: Any) -> None:
+        if not self.is_open:
+            self.runs.append([])
+            self.is_open = True
+        self.runs[-1].append(dict(logs))
+
+    def on_train_end(self, *args: Any, **kwargs: Any) -> None:
+        self.is_open = False
+
+
+BEST = {"eval_strategy": "steps", "eval_steps": 2, "save_strategy": "steps", "save_steps": 2}
+
+
+@pytest.mark.filterwarnings("ignore:The allocation of adapter 'default' was cut short")
+@pytest.mark.parametrize(
+    ("stop", "arguments"),
+    [(STEPS, {}), (7, {}), (STEPS, {**BEST, "load_best_model_at_end": True})],
+    ids=["whole", "cut short", "best model"],
+)
+def test_trackers_see_the_end_before_they_close(
+    llama: TinyModel, tmp_path: Path, stop: int, arguments: dict[str, Any]
+) -> None:
+    """One run that ends with the ranks of the adapter, which are told once."""
+    model, tracker = adapted(llama), Tracker()
+    trainer = make_trainer(
+        model, llama, tmp_path, callbacks=[tracker, StopAt(stop, crash=False)], logging_steps=100, **arguments
+    )
+    trainer.add_callback(RankAllocationCallback(log=trainer.log))
+    trainer.train()
+    (run,) = tracker.runs
+    totals = [entry["rank/total"] for entry in run if "rank/total" in entry]
+    assert totals[-1] == sum(get_rank_pattern(model).values()) == 28
+    assert len(totals) == len([step for step in DECISIONS if step <= stop]) + 1
+    assert read(tmp_path / "ranks.jsonl")[-1]["rank/total"] == 28
 
 
 def test_any_callable_can_log(llama: TinyModel, tmp_path: Path) -> None:

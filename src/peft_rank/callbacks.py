@@ -149,6 +149,22 @@ class RankAllocationCallback(TrainerCallback):
         if self._is_asked_first("epoch", state) and self.log and control.should_log:
             self._report(args, state, control, model, "log")
 
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, Any] | None = None,
+        optimizer: Optimizer | None = None,
+        **kwargs: Any,
+    ) -> None:
+        # the Trainer's last log: when `on_train_end` comes to us, trackers have closed their runs
+        if self._tuner is None or not callable(self.log) or "train_runtime" not in (logs or {}):
+            return
+        if not args.load_best_model_at_end or state.best_model_checkpoint is None:
+            self._finalize(args, optimizer)
+        self._tell(control, self._tuner.rank_summary())
+
     def on_train_end(
         self,
         args: TrainingArguments,
@@ -160,12 +176,9 @@ class RankAllocationCallback(TrainerCallback):
     ) -> None:
         if self._tuner is None:
             return
-        # An engine that shards parameters cannot have others, and DDP, which a second `train()` goes on with, would not
-        # average the gradients of others. Saving cuts the pruned ranks off all the same.
-        sharded = _shards()
-        self._tuner.finalize(None if sharded else optimizer, compact=not sharded and args.world_size == 1)
+        self._finalize(args, optimizer)
         if self.log:
-            self._report(args, state, control, model, "end")
+            self._record(args, state, model, "end")
             if state.is_world_process_zero:
                 self._draw(args)
             self._tuner.record_folder = self._path(args).parent
@@ -179,14 +192,27 @@ class RankAllocationCallback(TrainerCallback):
         self._answered[event] = state.global_step
         return True
 
+    def _finalize(self, args: TrainingArguments, optimizer: Optimizer | None) -> None:
+        # An engine that shards parameters cannot have others, and DDP, which a second `train()` goes on with, would not
+        # average the gradients of others. Saving cuts the pruned ranks off all the same.
+        sharded = _shards()
+        self._tuner.finalize(None if sharded else optimizer, compact=not sharded and args.world_size == 1)
+
     def _report(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, event: str
     ) -> None:
+        self._tell(control, self._record(args, state, model, event))
+
+    def _record(self, args: TrainingArguments, state: TrainerState, model: nn.Module, event: str) -> dict[str, Any]:
+        """Write a line of `ranks.jsonl`, and return its scalars."""
         # on every process: sharded factors are gathered together
         scalars = self._tuner.rank_summary()
         if state.is_world_process_zero:
             ranks = {} if event == "log" else {"ranks": get_rank_pattern(model), **self._pruned()}
             self._write(args, {"step": state.global_step, "event": event, **scalars, **ranks})
+        return scalars
+
+    def _tell(self, control: TrainerControl, scalars: dict[str, Any]) -> None:
         if callable(self.log):
             # the Trainer's log clears the flag that its own log of this step waits for
             should_log = control.should_log
