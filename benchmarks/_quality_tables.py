@@ -11,7 +11,7 @@ from typing import Any
 
 
 NAMES = {"lora": "LoRA", "rslora": "rsLoRA", "adalora": "AdaLoRA", "salientlora": "SalientLoRA"}
-Runs = dict[tuple, dict[str, dict[str, Any]]]  # (rank, method, ablation, lr, seed) -> task -> row
+Runs = dict[tuple, dict[str, dict[str, Any]]]  # (rank, method, variant, lr, seed) -> task -> row
 
 
 def read_study(path: Path) -> tuple[dict[str, Any], Runs, list[str]]:
@@ -20,7 +20,7 @@ def read_study(path: Path) -> tuple[dict[str, Any], Runs, list[str]]:
     rows = [row for row in rows if "method" in row]
     runs: Runs = {}
     for row in rows:
-        key = (row["rank"], row["method"], row["ablation"], row["lr"], row["seed"])
+        key = (row["rank"], row["method"], row["variant"], row["lr"], row["seed"])
         runs.setdefault(key, {})[row["task"]] = row
     tasks = list(dict.fromkeys(row["task"] for row in rows))
     return head["environment"], {key: run for key, run in runs.items() if len(run) == len(tasks)}, tasks
@@ -35,36 +35,43 @@ def spread(values: list[float], digits: int) -> str:
     return f"{mean(values):.{digits}f}" + (f" ± {stdev(values):.{digits}f}" if len(values) > 1 else "")
 
 
+def cells(runs: Runs) -> list[tuple[int, str]]:
+    """Ranks and methods, in the order of a table."""
+    return sorted({key[:2] for key in runs}, key=lambda cell: (cell[0], list(NAMES).index(cell[1])))
+
+
+def seeds(runs: Runs, *cell: Any) -> list[dict[str, dict[str, Any]]]:
+    """The runs of a rank, method, variant and learning rate."""
+    return [run for key, run in runs.items() if key[:4] == cell]
+
+
 def grid(runs: Runs, digits: int) -> list[list[str]]:
-    """The mean over the tasks for every learning rate, first seed."""
-    first = min(key[4] for key in runs)
+    """The mean over tasks and seeds for every learning rate."""
     lrs = sorted({key[3] for key in runs})
     lines = []
-    for rank, method in sorted({key[:2] for key in runs}, key=lambda cell: (cell[0], list(NAMES).index(cell[1]))):
-        cells = [runs.get((rank, method, "", lr, first)) for lr in lrs]
-        lines.append([rank, NAMES[method], *("" if run is None else f"{total(run):.{digits}f}" for run in cells)])
+    for rank, method in cells(runs):
+        found = [seeds(runs, rank, method, "", lr) for lr in lrs]
+        means = [f"{mean(map(total, each)):.{digits}f}" if each else "" for each in found]
+        lines.append([rank, NAMES[method], *means])
     return [["final rank", "method", *(f"{lr:g}" for lr in lrs)], *lines]
 
 
 def best(runs: Runs, tasks: list[str], sign: int, digits: int) -> list[list[str]]:
     """Every method at its best learning rate, then the ablations at the same: mean and deviation over the seeds."""
-    first = min(key[4] for key in runs)
     lines = []
-    for rank, method in sorted({key[:2] for key in runs}, key=lambda cell: (cell[0], list(NAMES).index(cell[1]))):
-        rates = {key[3]: total(run) for key, run in runs.items() if key[:3] == (rank, method, "") and key[4] == first}
-        lr = max(rates, key=lambda rate: sign * rates[rate])
-        for ablation in dict.fromkeys(key[2] for key in runs if key[:2] == (rank, method)):
-            seeds = [run for key, run in runs.items() if key[:4] == (rank, method, ablation, lr)]
-            if not seeds:
+    for rank, method in cells(runs):
+        lrs = {key[3] for key in runs if key[:3] == (rank, method, "")}
+        lr = max(lrs, key=lambda rate: sign * mean(map(total, seeds(runs, rank, method, "", rate))))
+        for variant in dict.fromkeys(key[2] for key in runs if key[:2] == (rank, method)):
+            found = seeds(runs, rank, method, variant, lr)
+            if not found:
                 continue
-            cells = (
-                [spread([run[task]["metric"] for run in seeds], digits) for task in tasks] if len(tasks) > 1 else []
-            )
-            row = seeds[0][tasks[0]]
+            values = [spread([run[task]["metric"] for run in found], digits) for task in tasks if len(tasks) > 1]
+            row = found[0][tasks[0]]
             parameters = [f"{row['initial_parameters']:,}", f"{row['final_parameters']:,}"]
-            name = NAMES[method] + (f", {ablation}" if ablation else "")
+            name = NAMES[method] + (f", {variant}" if variant else "")
             lines.append(
-                [rank, name, f"{lr:g}", len(seeds), *cells, spread([total(r) for r in seeds], digits), *parameters]
+                [rank, name, f"{lr:g}", len(found), *values, spread(list(map(total, found)), digits), *parameters]
             )
     head = tasks if len(tasks) > 1 else []
     return [["final rank", "method", "rate", "seeds", *head, "mean", "parameters", "at the end"], *lines]

@@ -1,53 +1,49 @@
 # Copyright 2026 The peft_rank authors. Licensed under the Apache License, Version 2.0.
-"""Many small trainings on one GPU: each is captured into a CUDA graph and has a stream of its own."""
+"""A study of quality: methods, ranks, tasks and variants over a grid of learning rates, trained in stacks."""
 
 from __future__ import annotations
 
 import argparse
-import gc
 import itertools
 import json
+import math
 import time
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
-from functools import partial
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from _common import RESULTS, environment
-from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel
+from _stacked import Losses, Scores, StackedTraining, share
+from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 from peft_rank import SalientLoRAConfig
 from peft_rank.allocation.salience import salience_scores
-from peft_rank.orthogonality import orthogonality
-from peft_rank.tuners.salientlora import allocator as salient_allocator
 
 
-Scores = Callable[..., Tensor]
 METHODS = ["lora", "rslora", "adalora", "salientlora"]
 
 
 @dataclass(frozen=True)
 class Spec:
-    """One training of a study."""
+    """One training of a study. `variant` is for SalientLoRA: an ablation, or a key of --variants."""
 
     method: str
     task: str
     rank: int
     lr: float
     seed: int
-    ablation: str = ""
+    variant: str = ""
 
 
 def make_config(method: str, rank: int, steps: int, overrides: dict[str, Any], **common: Any) -> PeftConfig:
     """The configuration of a method that ends with `rank` on average, its other fields at their defaults or usual values.
 
-    `overrides` are for SalientLoRA. LoRA has twice its rank for alpha, AdaLoRA starts at one and a half times its target and allocates between 10 % and
-    60 % of the steps, as SalientLoRA does by default.
+    `overrides` are for SalientLoRA. LoRA has twice its rank for alpha, AdaLoRA starts at one and a half times its target
+    and allocates between 10 % and 60 % of the steps, as SalientLoRA does by default.
     """
     kwargs: dict[str, Any]
     if method in ("lora", "rslora"):
@@ -100,226 +96,155 @@ ABLATIONS: dict[str, Scores] = {
 }
 
 
-@contextmanager
-def scored_by(scores: Scores | None) -> Iterator[None]:
-    if scores is not None:
-        salient_allocator.salience_scores = scores
-    try:
-        yield
-    finally:
-        salient_allocator.salience_scores = salience_scores
+# --- one stack ----------------------------------------------------------------------------------------------------------
 
 
-# --- one training -------------------------------------------------------------------------------------------------------
-
-
-class GraphedTraining:
-    """A training that is advanced a step at a time: AdamW, 6 % warm-up, then linear decay, bfloat16 autocast.
+class StackTrainer(ABC):
+    """Trains stacks of `Spec`s: what the studies have in common.
 
     Args:
-        model (`PeftModel`): On its device.
-        rows (`dict[str, Tensor]`): The training set, all rows of one shape.
-        order (`Tensor`): Shape (steps, batch), the rows of each step.
-        lr (`float`): Highest learning rate.
-        scores (`Callable`, *optional*): Instead of the salience, for ablations.
+        args (`Namespace`): Of `study_parser`.
+        losses (`Callable`): As in `StackedTraining`.
+        common (`dict`): Fields of every method's configuration.
     """
 
-    def __init__(
-        self, model: PeftModel, rows: dict[str, Tensor], order: Tensor, lr: float, scores: Scores | None = None
-    ) -> None:
-        self.model, self.rows, self.order, self.scores = model.train(), rows, order, scores
-        self.done, self.steps, self.device = 0, len(order), order.device
-        self.tuner = model.base_model
-        config = model.active_peft_config
-        self.salient, self.adalora = isinstance(config, SalientLoRAConfig), isinstance(config, AdaLoraConfig)
-        if self.salient:
-            self.tuner.resolve_schedule(self.steps)
-            self.tuner._record = self._record_snapshot
-        if self.adalora:
-            allocator = self.tuner.rankallocator
-            allocator.update_ipt = lambda model: None
-            named = self.tuner.model.named_parameters()
-            self.averaged = {n: p for n, p in named if "lora_" in n and allocator.adapter_name in n}
-        parameters = [p for p in model.parameters() if p.requires_grad]
-        self.initial_parameters = sum(p.numel() for p in parameters)
-        cuda = self.device.type == "cuda"
-        self.peak_lr, self.lr = lr, torch.tensor(lr, device=self.device)
-        self.optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=0.0, capturable=cuda, fused=cuda)
-        self.batch = {key: value[: order.shape[1]].clone() for key, value in rows.items()}
-        self.stream = torch.cuda.Stream() if cuda else None
-        self.graph = self._capture(parameters) if cuda else None
+    def __init__(self, args: argparse.Namespace, losses: Losses, **common: Any) -> None:
+        self.args, self.losses, self.common = args, losses, common
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+
+    @abstractmethod
+    def base(self, spec: Spec) -> nn.Module:
+        """The model to adapt, on the device; its modules are copied, its tensors shared."""
+
+    @abstractmethod
+    def rows(self, task: str) -> tuple[dict[str, Tensor], int, int]:
+        """The training set on the device, the size of a batch, and the number of epochs."""
+
+    @abstractmethod
+    def evaluate(self, model: PeftModel, task: str) -> dict[str, float]:
+        """`metric` and what else belongs into the row."""
 
     def autocast(self) -> torch.autocast:
-        return torch.autocast(self.device.type, torch.bfloat16)
+        return torch.autocast(self.device, torch.bfloat16, enabled=self.device == "cuda")
 
-    def _work(self) -> None:
-        """All of a step that touches every module, so that it can be replayed; only decisions are left out."""
-        with self.autocast():
-            loss = self.model(**self.batch).loss
-        loss.backward()
-        if self.salient:
-            self.tuner.add_regularization_gradient()
-        self.optimizer.step()
-        if self.salient:
-            layers = self.tuner.adapter_layers("default").values()
-            with torch.no_grad():
-                values = torch.cat([layer.masked_E("default") for layer in layers])
-            self.snapshot = values, orthogonality(*self.tuner._factors("default"))
-        if self.adalora:
-            self._update_importance()
+    def overrides(self, spec: Spec) -> dict[str, Any]:
+        return dict(self.args.variants.get(spec.variant, self.args.overrides))
 
-    def _record_snapshot(self, adapter_name: str) -> None:
-        self.tuner.allocator(adapter_name).record([self.snapshot[0]], self.snapshot[1])
+    def _order(self, spec: Spec) -> Tensor:
+        """(steps, batch): which rows each step takes."""
+        rows, batch, epochs = self.rows(spec.task)
+        count = len(rows["labels"])
+        generator = torch.Generator(self.device).manual_seed(spec.seed)
+        orders = [torch.randperm(count, device=self.device, generator=generator) for _ in range(epochs)]
+        return torch.cat([order[: count // batch * batch] for order in orders]).view(-1, batch)
 
-    def _update_importance(self) -> None:
-        """AdaLoRA's moving averages, as its `update_ipt` has them: in place and for all factors together, without which
-        they take most of the step."""
-        allocator, parameters = self.tuner.rankallocator, self.averaged
-        averages, deviations = allocator.exp_avg_ipt, allocator.exp_avg_unc
-        for name, parameter in parameters.items():
-            averages.setdefault(name, torch.zeros_like(parameter))
-            deviations.setdefault(name, torch.zeros_like(parameter))
-        with torch.no_grad():
-            importance = torch._foreach_mul(list(parameters.values()), [p.grad for p in parameters.values()])
-            torch._foreach_abs_(importance)
-            averages, deviations = ([average[name] for name in parameters] for average in (averages, deviations))
-            torch._foreach_lerp_(averages, importance, 1 - allocator.beta1)
-            difference = torch._foreach_sub(importance, averages)
-            torch._foreach_abs_(difference)
-            torch._foreach_lerp_(deviations, difference, 1 - allocator.beta2)
+    def _model(self, spec: Spec, steps: int) -> PeftModel:
+        overrides = self.overrides(spec)
+        overrides.pop("lr_factors", None)
+        base = share(self.base(spec))
+        torch.manual_seed(spec.seed)
+        return get_peft_model(base, make_config(spec.method, spec.rank, steps, overrides, **self.common))
 
-    def _capture(self, parameters: list[nn.Parameter]) -> torch.cuda.CUDAGraph:
-        if self.salient:
-            for layer in self.tuner.adapter_layers("default").values():
-                layer.set_mask("default", torch.ones(layer.salientlora_r["default"]))
-        before = [p.detach().clone() for p in parameters]
-        self.stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(self.stream):
-            for _ in range(2):
-                self._work()
-                self.optimizer.zero_grad(set_to_none=True)
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        gc.collect()  # an old graph that were collected while this one is captured would spoil it
-        gc.disable()
-        try:
-            with torch.cuda.graph(graph, stream=self.stream):
-                self._work()
-        finally:
-            gc.enable()
-        with torch.no_grad():
-            torch._foreach_copy_(parameters, before)
-            allocator = self.tuner.rankallocator if self.adalora else None
-            averages = (allocator.exp_avg_ipt, allocator.exp_avg_unc) if self.adalora else ()
-            for state in (*self.optimizer.state.values(), *averages):
-                for value in state.values():
-                    value.zero_()
-        torch.cuda.synchronize()
-        return graph
-
-    def step(self) -> None:
-        with torch.cuda.stream(self.stream) if self.stream else nullcontext():
-            for key, value in self.rows.items():
-                torch.index_select(value, 0, self.order[self.done], out=self.batch[key])
-            progress = self.done / self.steps
-            self.lr.fill_(self.peak_lr * min(progress / 0.06, (1 - progress) / 0.94))
-            self.done += 1
-            if self.graph is None:
-                self._work()
-            else:
-                self.graph.replay()
-            if self.salient or self.adalora:
-                with scored_by(self.scores):
-                    self.tuner.update_and_allocate(self.done)
-            if self.graph is None:
-                self.optimizer.zero_grad(set_to_none=True)
-
-    def finish(self) -> dict[str, Any]:
-        """Finalizes the adapter, sets the model to evaluation, and returns what the training was."""
-        if self.stream:
-            self.stream.synchronize()
-        total = None
-        if self.salient:
-            self.tuner.finalize()
-            total = self.tuner.rank_summary()["rank/total"]
-        self.model.eval()
-        return {
-            "steps": self.steps,
-            "initial_parameters": self.initial_parameters,
-            "final_parameters": _kept_parameters(self.model),
-            "total_rank": total,
-        }
-
-
-def _kept_parameters(model: PeftModel) -> int:
-    """Trainable parameters that are left: AdaLoRA keeps its pruned ranks, which its rank pattern marks."""
-    count = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    pattern = model.active_peft_config.rank_pattern
-    if isinstance(model.active_peft_config, AdaLoraConfig):
-        for key, kept in (pattern or {}).items():
-            layer = model.base_model.model.get_submodule(key.removesuffix(".lora_E.default"))
-            count -= kept.count(False) * (1 + layer.in_features + layer.out_features)
-    return count
+    def __call__(self, specs: list[Spec]) -> list[dict[str, Any]]:
+        start, task = time.perf_counter(), specs[0].task
+        orders = torch.stack([self._order(spec) for spec in specs])
+        training = StackedTraining(
+            share(self.base(specs[0])),
+            [self._model(spec, orders.shape[1]) for spec in specs],
+            self.rows(task)[0],
+            orders,
+            [spec.lr for spec in specs],
+            self.losses,
+            [ABLATIONS.get(spec.variant) for spec in specs],
+            [self.overrides(spec).get("lr_factors", {}) for spec in specs],
+        )
+        rows = training.run()
+        with torch.no_grad(), self.autocast():
+            metrics = [self.evaluate(model, task) for model in training.models]
+        seconds = round((time.perf_counter() - start) / len(specs), 2)
+        parts = zip(specs, rows, metrics, strict=True)
+        return [{**asdict(spec), **row, **metric, "seconds": seconds} for spec, row, metric in parts]
 
 
 # --- a study ------------------------------------------------------------------------------------------------------------
 
 
-def run_together(starts: Iterable[Callable[[], GraphedTraining]], streams: int) -> Iterator[GraphedTraining]:
-    """Advances up to `streams` trainings in turn (one by one without CUDA) and yields each as it is done."""
-    waiting, running = deque(starts), []
-    while waiting or running:
-        while waiting and len(running) < (streams if torch.cuda.is_available() else 1):
-            running.append(waiting.popleft()())
-        for training in running:
-            training.step()
-        for training in [t for t in running if t.done == t.steps]:
-            running.remove(training)
-            yield training
-
-
 class Study:
-    """All methods, ranks and tasks over the grid of learning rates with the first seed, then at the best rate of each
-    method and rank (by the mean over the tasks) with the other seeds. One line a training is appended to the output.
+    """All methods, ranks and tasks over the grid of learning rates and all seeds; then the ablations of SalientLoRA at the
+    first rank, at the rate of the best mean. One line a training is appended to the output. What an output of the same
+    arguments already holds is not run again; that of others is renamed.
 
     Args:
         args (`Namespace`): Of `study_parser`.
-        start (`Callable`): Builds the training of a `Spec`; its `finish` returns a row with `metric`.
+        train (`Callable`): Trains a stack of `Spec`s of one method, task and shape; returns a row with `metric` for each.
         sign (`int`, *optional*): -1 where the lower metric is the better one.
     """
 
-    def __init__(self, args: argparse.Namespace, start: Callable[[Spec], GraphedTraining], sign: int = 1) -> None:
-        self.args, self.start, self.sign = args, start, sign
-        self.rows: list[dict[str, Any]] = []
+    def __init__(
+        self, args: argparse.Namespace, train: Callable[[list[Spec]], list[dict[str, Any]]], sign: int = 1
+    ) -> None:
+        self.args, self.train, self.sign = args, train, sign
+        self.started, self.rows = time.perf_counter(), []
+        # the time limit and how many run at once change nothing in a row
+        kept = {key: value for key, value in vars(args).items() if key not in ("output", "seconds", "together")}
+        self.arguments = json.loads(json.dumps(kept, default=str))
 
     def run(self, tasks: list[str], ablations: list[str]) -> None:
-        args, started = self.args, time.perf_counter()
+        args = self.args
         torch.set_float32_matmul_precision("high")
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        self._write({"environment": environment(), "arguments": vars(args)})
-        cells = list(itertools.product(args.methods, args.ranks))
-        first, others = args.seeds[0], args.seeds[1:]
-        self._run([Spec(m, t, r, lr, first) for t in tasks for m, r in cells for lr in args.lrs])
-        best = {cell: self._best_lr(*cell) for cell in cells}
-        self._run([Spec(m, t, r, best[m, r], seed) for seed in others for t in tasks for m, r in cells])
-        if "salientlora" in args.methods:
+        self._read()
+        cells = [(m, r, v) for m in args.methods for r in args.ranks for v in self._variants(m)]
+        runs = itertools.product(cells, tasks, args.lrs, args.seeds)
+        self._run([Spec(m, t, r, lr, seed, v) for (m, r, v), t, lr, seed in runs])
+        if "salientlora" in args.methods and not args.variants:
             r = args.ranks[0]
-            runs = itertools.product(args.seeds, tasks, ablations)
-            self._run([Spec("salientlora", t, r, best["salientlora", r], seed, name) for seed, t, name in runs])
-        print(f"{args.name or 'default'}: {len(self.rows)} trainings in {time.perf_counter() - started:.0f} s")
+            lr = self._best_lr("salientlora", r)
+            runs = itertools.product(tasks, ablations, args.seeds)
+            self._run([Spec("salientlora", t, r, lr, seed, name) for t, name, seed in runs])
+        print(f"{len(self.rows)} trainings, {time.perf_counter() - self.started:.0f} s")
+
+    def _variants(self, method: str) -> list[str]:
+        return list(self.args.variants) if method == "salientlora" and self.args.variants else [""]
 
     def _run(self, specs: list[Spec]) -> None:
-        for training in run_together([partial(self.start, spec) for spec in specs], self.args.streams):
-            self.rows.append({**training.finish(), "name": self.args.name})
-            self._write(self.rows[-1])
+        done = {Spec(*(row[name] for name in Spec.__dataclass_fields__)) for row in self.rows}
+        for stack in self._stacks([spec for spec in specs if spec not in done]):
+            if time.perf_counter() - self.started > self.args.seconds:
+                raise SystemExit("The time is up. Run the same command again to go on.")
+            for row in self.train(stack):
+                self.rows.append(row)
+                self._write(row)
+
+    def _stacks(self, specs: list[Spec]) -> Iterator[list[Spec]]:
+        """Trainings of one shape, as many as may run at once."""
+        shapes: dict[tuple, list[Spec]] = {}
+        for spec in specs:
+            width = self.args.variants.get(spec.variant, self.args.overrides).get("init_r")
+            shapes.setdefault((spec.method, spec.rank, spec.task, width), []).append(spec)
+        for group in shapes.values():
+            for start in range(0, len(group), self.args.together):
+                yield group[start : start + self.args.together]
+
+    def _read(self) -> None:
+        """What an earlier run of the same arguments left."""
+        output = self.args.output
+        output.parent.mkdir(parents=True, exist_ok=True)
+        if output.exists():
+            head, *rows = [json.loads(line) for line in output.read_text(encoding="utf-8").splitlines()]
+            if head["arguments"] == self.arguments:
+                self.rows = rows
+                return
+            output.rename(output.with_suffix(".before"))
+        self._write({"environment": environment(), "arguments": self.arguments})
 
     def _write(self, row: dict[str, Any]) -> None:
         with self.args.output.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row, default=str) + "\n")
 
     def _best_lr(self, method: str, rank: int) -> float:
-        runs = [r for r in self.rows if (r["method"], r["rank"]) == (method, rank)]
-        return max(self.args.lrs, key=lambda lr: self.sign * sum(r["metric"] for r in runs if r["lr"] == lr))
+        runs = [r for r in self.rows if (r["method"], r["rank"], r["variant"]) == (method, rank, "")]
+        totals = {lr: self.sign * sum(r["metric"] for r in runs if r["lr"] == lr) for lr in self.args.lrs}
+        return max(totals, key=lambda lr: -math.inf if math.isnan(totals[lr]) else totals[lr])
 
 
 def study_parser(description: str, name: str) -> argparse.ArgumentParser:
@@ -331,6 +256,12 @@ def study_parser(description: str, name: str) -> argparse.ArgumentParser:
     parser.add_argument("--lrs", nargs="+", type=float)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--overrides", type=json.loads, default={}, help="JSON fields for SalientLoRA's configuration")
-    parser.add_argument("--name", default="", help="label of a variant, stored with its rows")
-    parser.add_argument("--streams", type=int, default=6, help="trainings at a time on one GPU")
+    parser.add_argument(
+        "--variants",
+        type=json.loads,
+        default={},
+        help="JSON, name to fields: several such configurations; `lr_factors` gives factors of the rate for A, E and B",
+    )
+    parser.add_argument("--together", type=int, default=9, help="trainings at a time on one GPU")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="start nothing after this time")
     return parser

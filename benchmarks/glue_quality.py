@@ -5,11 +5,12 @@
     python benchmarks/glue_quality.py --model DIR --data DIR                                  # DIR/<task>/<split>.jsonl.gz
 
 Every method gets the same grid of learning rates, seeds, steps and batches; the metric is that of the last epoch on the
-validation split. The grid is run with the first seed; the rate with the best mean over the tasks is run with the others.
-At the first of --ranks, SalientLoRA is then run with other scores in the place of the salience. Allocation runs for
-real, with masks while training (a CUDA graph needs fixed shapes) and `finalize` at the end.
+validation split. At the first of --ranks, SalientLoRA is then run with other scores in the place of the salience, at the
+rate of the best mean over the tasks. Allocation runs for real, with masks while training (a CUDA graph needs fixed shapes)
+and `finalize` at the end. Trainings of one shape share the frozen model's passes (`_stacked.py`).
 
-One line a training is appended to --output; `benchmarks/tables.py` makes the tables.
+One line a training is appended to --output; the same command goes on where it was stopped. `benchmarks/tables.py` makes
+the tables.
 """
 
 from __future__ import annotations
@@ -17,18 +18,19 @@ from __future__ import annotations
 import argparse
 import gzip
 import json
-import time
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from _trainings import ABLATIONS, GraphedTraining, Spec, Study, make_config, study_parser
-from peft import get_peft_model
+from _trainings import ABLATIONS, Spec, StackTrainer, Study, study_parser
+from peft import PeftModel
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+from torch import Tensor, nn
+from torch.nn import functional
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 
@@ -56,7 +58,7 @@ class Data:
     """One task on the device: fixed-length token ids, so that every batch has one shape."""
 
     def __init__(self, name: str, data: Path | None, tokenizer: Any, device: str) -> None:
-        self.name, self.task, self.device = name, TASKS[name], device
+        self.task, self.device = TASKS[name], device
         self.train = self._tensors(_read(name, "train", data)[: self.task.rows], tokenizer)
         self.validation = self._tensors(_read(name, "validation", data), tokenizer)
 
@@ -70,10 +72,6 @@ class Data:
         dtype = torch.float32 if self.task.metric == "correlation" else torch.long
         labels = torch.tensor([row["label"] for row in rows], dtype=dtype)
         return {key: value.to(self.device) for key, value in {**encoded, "labels": labels}.items()}
-
-    @property
-    def steps(self) -> int:
-        return len(self.train["labels"]) // BATCH * self.task.epochs
 
 
 def _read(name: str, split: str, data: Path | None) -> list[dict[str, Any]]:
@@ -97,44 +95,44 @@ def score(metric: str, logits: np.ndarray, labels: np.ndarray) -> float:
     return round(100 * float(np.nan_to_num(value)), 3)  # a training that diverged has no correlation
 
 
-class Training(GraphedTraining):
-    """One training on one task."""
+def losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """(K, batch, classes) and (K, batch) to (K,): cross-entropy, or the squared error where labels are real."""
+    if labels.is_floating_point():
+        return (logits.float().squeeze(-1) - labels).square().mean(1)
+    return (
+        functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="none")
+        .view_as(labels)
+        .mean(1)
+    )
 
-    def __init__(self, spec: Spec, data: Data, args: argparse.Namespace) -> None:
-        self.spec, self.data, self.start = spec, data, time.perf_counter()
-        torch.manual_seed(spec.seed)
-        labels = 1 if data.task.metric == "correlation" else 2
-        model = AutoModelForSequenceClassification.from_pretrained(
-            args.model, num_labels=labels, dtype=torch.float32, attn_implementation="sdpa"
-        ).to(data.device)
+
+class Trainer(StackTrainer):
+    def __init__(self, args: argparse.Namespace) -> None:
         heads = ["classifier", "pooler"]
-        config = make_config(
-            spec.method,
-            spec.rank,
-            data.steps,
-            args.overrides,
-            target_modules=TARGETS,
-            modules_to_save=heads,
-            task_type="SEQ_CLS",
-        )
-        generator = torch.Generator(device=data.device).manual_seed(spec.seed)
-        rows = len(data.train["labels"])
-        epochs = [torch.randperm(rows, device=data.device, generator=generator) for _ in range(data.task.epochs)]
-        order = torch.cat([epoch[: rows // BATCH * BATCH] for epoch in epochs]).view(-1, BATCH)
-        super().__init__(get_peft_model(model, config), data.train, order, spec.lr, ABLATIONS.get(spec.ablation))
+        super().__init__(args, losses, target_modules=TARGETS, modules_to_save=heads, task_type="SEQ_CLS")
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        self.data = cache(lambda task: Data(task, args.data, tokenizer, self.device))
+        self._base = cache(self._load)
 
-    @torch.no_grad()
-    def finish(self) -> dict[str, Any]:
-        row = {**asdict(self.spec), **super().finish()}
-        validation, logits = self.data.validation, []
-        for start in range(0, len(validation["labels"]), 256):
-            batch = {key: value[start : start + 256] for key, value in validation.items() if key != "labels"}
-            with self.autocast():
-                logits.append(self.model(**batch).logits.float().cpu())
+    def _load(self, classes: int, seed: int) -> nn.Module:
+        torch.manual_seed(seed)  # of the new head
+        return AutoModelForSequenceClassification.from_pretrained(
+            self.args.model, num_labels=classes, dtype=torch.float32, attn_implementation="sdpa"
+        ).to(self.device)
+
+    def base(self, spec: Spec) -> nn.Module:
+        return self._base(1 if TASKS[spec.task].metric == "correlation" else 2, spec.seed)
+
+    def rows(self, task: str) -> tuple[dict[str, Tensor], int, int]:
+        return self.data(task).train, BATCH, TASKS[task].epochs
+
+    def evaluate(self, model: PeftModel, task: str) -> dict[str, float]:
+        validation, logits = self.data(task).validation, []
         labels = validation["labels"].cpu().numpy()
-        row["metric"] = score(self.data.task.metric, torch.cat(logits).numpy(), labels)
-        row["seconds"] = round(time.perf_counter() - self.start, 1)
-        return row
+        for start in range(0, len(labels), 256):
+            batch = {key: value[start : start + 256] for key, value in validation.items() if key != "labels"}
+            logits.append(model(**batch).logits.float().cpu())
+        return {"metric": score(TASKS[task].metric, torch.cat(logits).numpy(), labels)}
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -148,10 +146,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    data = cache(lambda task: Data(task, args.data, tokenizer, device))
-    Study(args, lambda spec: Training(spec, data(spec.task), args)).run(args.tasks, args.ablations)
+    Study(args, Trainer(args)).run(args.tasks, args.ablations)
 
 
 if __name__ == "__main__":

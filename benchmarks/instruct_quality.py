@@ -13,15 +13,14 @@ import argparse
 import gzip
 import json
 import math
-import time
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from _trainings import GraphedTraining, Spec, Study, make_config, study_parser
-from peft import get_peft_model
-from torch import Tensor
+from _trainings import Spec, StackTrainer, Study, study_parser
+from peft import PeftModel
+from torch import Tensor, nn
+from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 
@@ -51,43 +50,40 @@ def encode(rows: list[dict[str, str]], tokenizer: Any, length: int, device: str)
     }
 
 
-class Training(GraphedTraining):
-    def __init__(
-        self, spec: Spec, train: dict[str, Tensor], validation: dict[str, Tensor], args: argparse.Namespace
-    ) -> None:
-        self.spec, self.validation, self.start = spec, validation, time.perf_counter()
-        torch.manual_seed(spec.seed)
-        device, rows = train["labels"].device, len(train["labels"])
-        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.bfloat16).to(device)
-        model.config.use_cache = False
-        per_epoch = rows // args.batch
-        config = make_config(
-            spec.method,
-            spec.rank,
-            per_epoch * args.epochs,
-            args.overrides,
-            target_modules="all-linear",
-            task_type="CAUSAL_LM",
-        )
-        generator = torch.Generator(device).manual_seed(spec.seed)
-        epochs = [torch.randperm(rows, device=device, generator=generator) for _ in range(args.epochs)]
-        order = torch.cat([epoch[: per_epoch * args.batch] for epoch in epochs]).view(-1, args.batch)
-        super().__init__(get_peft_model(model, config), train, order, spec.lr)
+def losses(logits: Tensor, labels: Tensor) -> Tensor:
+    """(K, batch, length, vocabulary) and (K, batch, length) to (K,): mean over the tokens that have a label."""
+    targets = labels[..., 1:].flatten(1)
+    values = [
+        functional.cross_entropy(each[:, :-1].flatten(0, 1).float(), target)
+        for each, target in zip(logits, targets, strict=True)
+    ]
+    return torch.stack(values)
 
-    @torch.no_grad()
-    def finish(self) -> dict[str, Any]:
-        row = {**asdict(self.spec), **super().finish()}
+
+class Trainer(StackTrainer):
+    def __init__(self, args: argparse.Namespace) -> None:
+        super().__init__(args, losses, target_modules="all-linear", task_type="CAUSAL_LM")
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        self.train = encode(read(args.data, "train")[: args.rows], tokenizer, args.length, self.device)
+        self.validation = encode(read(args.data, "validation"), tokenizer, args.length, self.device)
+        dtype = torch.bfloat16 if self.device == "cuda" else torch.float32
+        self.model = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype).to(self.device)
+        self.model.config.use_cache = False
+
+    def base(self, spec: Spec) -> nn.Module:
+        return self.model
+
+    def rows(self, task: str) -> tuple[dict[str, Tensor], int, int]:
+        return self.train, self.args.batch, self.args.epochs
+
+    def evaluate(self, model: PeftModel, task: str) -> dict[str, float]:
         total, count = 0.0, 0
         for start in range(0, len(self.validation["labels"]), 25):
             batch = {key: value[start : start + 25] for key, value in self.validation.items()}
             tokens = int((batch["labels"][:, 1:] != -100).sum())
-            with self.autocast():
-                total += float(self.model(**batch).loss) * tokens
+            total += float(model(**batch).loss) * tokens
             count += tokens
-        row["metric"] = round(total / count, 5)
-        row["perplexity"] = round(math.exp(total / count), 4)
-        row["seconds"] = round(time.perf_counter() - self.start, 1)
-        return row
+        return {"metric": round(total / count, 5), "perplexity": round(math.exp(total / count), 4)}
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -97,17 +93,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--length", type=int, default=192, help="tokens of a row")
     parser.add_argument("--rows", type=int, help="training rows at most")
-    parser.set_defaults(ranks=[4, 16], lrs=[3e-4, 1e-3, 3e-3], streams=3)
+    parser.set_defaults(ranks=[4, 16], lrs=[3e-4, 1e-3, 3e-3], together=6)
     return parser.parse_args(argv)
 
 
 def main() -> None:
     args = parse()
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
-    train = encode(read(args.data, "train")[: args.rows], tokenizer, args.length, device)
-    validation = encode(read(args.data, "validation"), tokenizer, args.length, device)
-    Study(args, lambda spec: Training(spec, train, validation, args), sign=-1).run(["instructions"], [])
+    Study(args, Trainer(args), sign=-1).run(["instructions"], [])
 
 
 if __name__ == "__main__":

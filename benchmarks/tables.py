@@ -154,8 +154,8 @@ def quality() -> list[str]:
         if path.exists():
             environment, runs, tasks = read_study(path)
             note = (
-                f"{unit}. The same grid of learning rates for every method with the first seed; the best with the "
-                "others. Parameters: trained at the start, and left at the end.\n"
+                f"{unit}. Every method at the best of the same grid of learning rates. Parameters: trained at the start, "
+                "and left at the end.\n"
             )
             parts += [f"## {title}\n", note, origin({"environment": environment})]
             head, *lines = best(runs, tasks, sign, digits)
