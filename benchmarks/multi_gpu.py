@@ -7,10 +7,12 @@
 
 Every engine gets processes of its own and three trainings by the HF Trainer, with random weights and the same global batch:
 - agreement: fp32, four blocks; the final ranks have to be those of one process (`single`, which must come first);
-- allocation: bf16, the whole shape; time, memory, and the share of the time that passes in the callback, waiting for the
-  device before and after each of its parts (an upper bound: it cannot overlap with anything then);
+- allocation: bf16, the whole shape; time, memory, and the shares of the time that recording, deciding and pruning take
+  (`allocation`) and the regularizer's gradient (`regularizer`), waiting for the device before and after each (upper bounds:
+  they cannot overlap with anything then);
 - fixed: the same without callback, all ranks kept and no regularizer.
 
+An engine takes a minute or two. The result file is written after each, and engines that it holds are not measured again.
 ZeRO needs `deepspeed`; FSDP2 needs GPUs.
 """
 
@@ -25,11 +27,12 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
-from _common import argument_parser, store, synchronize
+from _common import Results, argument_parser, synchronize
 from accelerate.state import PartialState
 from peft import PeftModel, get_peft_model
 from torch.utils.data import Dataset
@@ -86,28 +89,28 @@ class Clock(TrainerCallback):
 
 
 class TimedAllocation(RankAllocationCallback):
-    """The callback, and the time that passes in it from the first timed step to the last."""
+    """The callback, and the time that its parts take from the first timed step to the last."""
 
     def __init__(self) -> None:
         super().__init__(log=False)
-        self.seconds = 0.0
+        self.seconds: Counter[str] = Counter()
 
-    def _timed(self, event: str, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def _timed(self, part: str, event: str, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         synchronize()
         start = time.perf_counter()
         getattr(super(), event)(args, state, control, **kwargs)
         synchronize()
         if state.global_step >= FIRST:
-            self.seconds += time.perf_counter() - start
+            self.seconds[part] += time.perf_counter() - start
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self._timed("on_step_begin", *args, **kwargs)
+        self._timed("regularizer", "on_step_begin", *args, **kwargs)
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        self._timed("on_pre_optimizer_step", *args, **kwargs)
+        self._timed("regularizer", "on_pre_optimizer_step", *args, **kwargs)
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        self._timed("on_optimizer_step", *args, **kwargs)
+        self._timed("allocation", "on_optimizer_step", *args, **kwargs)
 
 
 def deepspeed_config(stage: int) -> dict[str, Any]:
@@ -122,11 +125,14 @@ def deepspeed_config(stage: int) -> dict[str, Any]:
     }
 
 
-def make_model(args: argparse.Namespace, dtype: torch.dtype, blocks: int, allocate: bool) -> PeftModel:
+def make_model(
+    args: argparse.Namespace, device: torch.device, dtype: torch.dtype, blocks: int, allocate: bool
+) -> PeftModel:
     shape = SHAPES[args.shape] | {"num_hidden_layers": blocks}
     torch.manual_seed(0)
     torch.set_default_dtype(dtype)
-    base = LlamaForCausalLM(LlamaConfig(vocab_size=args.vocabulary, use_cache=False, **shape))
+    with device:
+        base = LlamaForCausalLM(LlamaConfig(vocab_size=args.vocabulary, use_cache=False, **shape))
     torch.set_default_dtype(torch.float32)
     config = SalientLoRAConfig(
         init_r=args.init_r,
@@ -149,7 +155,6 @@ def train(args: argparse.Namespace, folder: str, agreement: bool, allocate: bool
     gc.collect()
     cuda = torch.cuda.is_available()
     blocks = min(4, SHAPES[args.shape]["num_hidden_layers"]) if agreement else SHAPES[args.shape]["num_hidden_layers"]
-    model = make_model(args, torch.float32 if agreement else torch.bfloat16, blocks, allocate)
     length = args.length // 4 if agreement else args.length
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     stage = ENGINES[args.worker]
@@ -168,6 +173,8 @@ def train(args: argparse.Namespace, folder: str, agreement: bool, allocate: bool
         report_to=[],
         disable_tqdm=True,
     )
+    dtype = torch.float32 if agreement else torch.bfloat16
+    model = make_model(args, training_args.device, dtype, blocks, allocate)
     clock, allocation = Clock(), TimedAllocation()
     callbacks = [clock, allocation] if allocate else [clock]
     data = Texts(args.batch * STEPS, length, args.vocabulary)
@@ -179,10 +186,10 @@ def train(args: argparse.Namespace, folder: str, agreement: bool, allocate: bool
     return {
         "engine": type(trainer.model_wrapped).__name__,
         "processes": processes,
-        "ranks": get_rank_pattern(model),
+        "ranks": list(get_rank_pattern(model).values()),
         "milliseconds": round(1e3 * statistics.median(steps), 2),
         "tokens_per_second": round(args.batch * length / statistics.median(steps)),
-        "allocation_share": round(allocation.seconds / sum(steps), 5),
+        **{f"{part}_share": round(seconds / sum(steps), 5) for part, seconds in allocation.seconds.items()},
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 3) if cuda else None,
     }
 
@@ -224,35 +231,36 @@ def run_engine(args: argparse.Namespace, engine: str) -> dict[str, Any]:
             **({"CUDA_VISIBLE_DEVICES": "0"} if engine == "single" else {}),
         }
         started = time.perf_counter()
-        try:
-            done = subprocess.run(
-                [*command, "--worker", engine, "--result", str(result)],
-                env=environment,
-                check=False,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                timeout=args.seconds,
-            )
-            error = None if done.returncode == 0 else done.stdout[-3000:]
-        except subprocess.TimeoutExpired as expired:
-            error = f"not done after {args.seconds} s: {(expired.stdout or b'')[-3000:]!r}"
+        error = _run([*command, "--worker", engine, "--result", str(result)], environment, args.seconds)
         row: dict[str, Any] = {"engine": engine, "seconds": round(time.perf_counter() - started, 1)}
         if result.exists():
             row |= json.loads(result.read_text(encoding="utf-8"))
     return row if error is None else {**row, "error": error}
 
 
+def _run(command: list[str], environment: dict[str, str], seconds: float) -> str | None:
+    """What a command printed last, if it failed or took too long."""
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    with subprocess.Popen(command, env=environment, **output) as process:
+        try:
+            text, _ = process.communicate(timeout=seconds)
+            return None if process.returncode == 0 else text[-3000:]
+        except subprocess.TimeoutExpired:
+            process.terminate()  # torchrun ends its workers then; killed, it would leave them on the GPUs
+            text, _ = process.communicate()
+            return f"not done after {seconds:g} s: {text[-3000:]}"
+
+
 def compare(row: dict[str, Any], single: dict[str, Any] | None) -> None:
     """Note in the row how many ranks are elsewhere than with one process, and what allocating costs."""
     for name in ("agreement", "allocation"):
         if single is not None and name in row and name in single:
-            ours, theirs = row[name]["ranks"], single[name]["ranks"]
-            row[name]["ranks_elsewhere"] = sum(abs(ours[module] - theirs[module]) for module in theirs) // 2
+            pairs = zip(row[name]["ranks"], single[name]["ranks"], strict=True)
+            row[name]["ranks_elsewhere"] = sum(abs(ours - theirs) for ours, theirs in pairs) // 2
     for name in ("allocation", "agreement", "fixed"):
         if name in row:
             ranks = row[name].pop("ranks") if name == "fixed" else row[name]["ranks"]
-            row[name]["total_rank"] = sum(ranks.values())
+            row[name]["total_rank"] = sum(ranks)
     if "fixed" in row:
         row["slower_than_fixed"] = round(row["allocation"]["milliseconds"] / row["fixed"]["milliseconds"] - 1, 4)
 
@@ -281,18 +289,17 @@ def main() -> None:
     if args.worker is not None:
         work(args)
         return
-    rows: list[dict[str, Any]] = []
+    settings = {name: getattr(args, name) for name in (*SETTINGS, "processes")}
+    results = Results(args.output, ("engine",), **settings, steps=STEPS)
     for engine in args.engines:
+        if results.find({"engine": engine}):
+            continue
         if engine == "fsdp2" and not torch.cuda.is_available():
-            rows.append({"engine": engine, "error": "not run: accelerate shards on accelerators only"})
+            row = {"engine": engine, "error": "not run: accelerate shards on accelerators only"}
         else:
-            rows.append(run_engine(args, engine))
-            compare(rows[-1], rows[0] if rows[0]["engine"] == "single" else None)
-        store(args.output, rows, **{name: getattr(args, name) for name in (*SETTINGS, "processes")}, steps=STEPS)
-        print(json.dumps({k: v for k, v in rows[-1].items() if k not in ("agreement", "allocation")}), flush=True)
-        for name in ("agreement", "allocation", "fixed"):
-            if name in rows[-1]:
-                print(" ", name, {k: v for k, v in rows[-1][name].items() if k != "ranks"}, flush=True)
+            row = run_engine(args, engine)
+            compare(row, row if engine == "single" else results.find({"engine": "single"}))
+        results.add(row)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,12 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
+import sys
+from argparse import Namespace
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 
@@ -35,7 +39,12 @@ def test_trainings_of_an_engine(engines: ModuleType, tmp_path: Path) -> None:
         "fixed": 4 * MODULES,
     }
     assert row["agreement"]["ranks_elsewhere"] == 0
-    assert row["fixed"]["allocation_share"] == 0 < row["allocation"]["allocation_share"] < 1
+    shares = {
+        name: {key for key in row[name] if key.endswith("_share")} for name in row if isinstance(row[name], dict)
+    }
+    both = {"allocation_share", "regularizer_share"}
+    assert shares == {"agreement": both, "allocation": both, "fixed": set()}
+    assert all(0 < row["allocation"][share] < 1 for share in both)
     for name in ("agreement", "allocation", "fixed"):
         tokens = 2 * (4 if name == "agreement" else 16)
         seconds = row[name]["milliseconds"] / 1e3
@@ -43,8 +52,8 @@ def test_trainings_of_an_engine(engines: ModuleType, tmp_path: Path) -> None:
 
 
 def test_ranks_elsewhere_are_counted_once(engines: ModuleType) -> None:
-    row = {"agreement": {"ranks": {"q": 3, "k": 0, "v": 3}}}
-    engines.compare(row, {"agreement": {"ranks": {"q": 2, "k": 2, "v": 2}}})
+    row = {"agreement": {"ranks": [3, 0, 3]}}
+    engines.compare(row, {"agreement": {"ranks": [2, 2, 2]}})
     assert row["agreement"]["ranks_elsewhere"] == 2
     assert row["agreement"]["total_rank"] == 6
 
@@ -62,6 +71,32 @@ def test_an_engine_that_fails_keeps_what_it_found(
     row = engines.run_engine(engines.parse(SMALL), "single")
     assert (row["engine"], row["agreement"]) == ("single", {})
     assert "MemoryError: of --shape=tiny --vocabulary=32 --batch=2" in row["error"]
+
+
+def test_an_engine_that_hangs_is_told_to_end(engines: ModuleType) -> None:
+    """torchrun then ends its workers, which would keep the GPUs busy if it were killed."""
+    program = "import signal; signal.signal(signal.SIGTERM, lambda *_: exit('told to end')); signal.pause()"
+    error = engines._run([sys.executable, "-c", program], dict(os.environ), 1)
+    assert error == "not done after 1 s: told to end\n"
+
+
+def test_a_run_that_was_cut_off_goes_on(engines: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With what the file holds, engines that failed excepted."""
+    output, ran = tmp_path / "rows.json", []
+
+    def run(args: Namespace, engine: str) -> dict[str, Any]:
+        ran.append(engine)
+        if engine == "zero2" and ran.count("zero2") == 1:
+            return {"engine": engine, "error": "MemoryError"}
+        return {"engine": engine, "agreement": {"ranks": [2, 2] if engine == "single" else [3, 1]}}
+
+    monkeypatch.setattr(engines, "run_engine", run)
+    for chosen in (["single", "zero2"], ["single", "ddp", "zero2"]):
+        monkeypatch.setattr("sys.argv", ["multi_gpu.py", *SMALL, "--output", str(output), "--engines", *chosen])
+        engines.main()
+    assert ran == ["single", "zero2", "ddp", "zero2"]
+    rows = {row["engine"]: row["agreement"]["ranks_elsewhere"] for row in json.loads(output.read_text())["rows"]}
+    assert rows == {"single": 0, "ddp": 1, "zero2": 1}
 
 
 def test_quantized_bases_from_end_to_end(
