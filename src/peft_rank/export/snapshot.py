@@ -368,7 +368,8 @@ def _trained_beside(model: nn.Module, layers: Iterable[RankLayer], adapter_name:
     if bias == "all":
         yield from (p for name, p in model.named_parameters() if name.endswith(".bias"))
     elif bias != "none":
-        yield from (p for layer in layers for name, p in layer.get_base_layer().named_parameters() if name == "bias")
+        bases = (layer.get_base_layer() if isinstance(layer, RankLayer) else layer for layer in layers)
+        yield from (base.bias for base in bases if base.bias is not None)
 
 
 def _numel(parameter: nn.Parameter) -> int:

@@ -108,11 +108,15 @@ class CompressionConfig(AdaptedModulesConfig):
 
     def to_dict(self) -> dict[str, Any]:
         """The fields without `statistics`, which are run-time only."""
-        bare = copy.copy(self)
-        bare.statistics = None
-        described = asdict(bare)
+        described = asdict(self.without_statistics())
         del described["statistics"]
         return described
+
+    def without_statistics(self) -> CompressionConfig:
+        """A copy that keeps no calibration in memory."""
+        bare = copy.copy(self)
+        bare.statistics = None
+        return bare
 
     def write_ranks(self, rank_pattern: dict[str, int], allocation_state: dict[str, Any] | None = None) -> None:
         super().write_ranks(rank_pattern, allocation_state)

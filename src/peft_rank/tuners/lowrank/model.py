@@ -11,19 +11,17 @@ from typing import Any
 import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTuner
-from peft.utils import (
-    TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
-    AuxiliaryTrainingWrapper,
-    get_quantization_kwargs,
-)
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING, get_quantization_kwargs
 from peft.utils.other import _get_submodules
 from torch import nn
 
 from ...calibration.targets import injected_modules, is_targeted
 from ...decomposition import Factors
+from ..additive import find_tuner
 from ..names import exact_pattern, plain_name
 from .config import CompressionConfig, LowRankConfig
 from .entry import record_compression
+from .final import entries_inside, renamed_entries, settle_trained_modules, warn_of_unsaved
 from .layer import FactorizedLinear
 from .plan import check_dense, check_target, check_untied, choose_ranks, device_of, empty_factors, factorize
 
@@ -43,7 +41,10 @@ class CompressionTuner(BaseTuner):
     tuner_layer_cls = FactorizedLinear
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
     _injection: _Injection | None = None
-    _finalized = False
+    # once the compression is final: names of the modules that became `LowRankLinear`, by adapter, and of those that were
+    # trained beside them
+    _final: dict[str, list[str]] | None = None
+    _beside: tuple[str, ...] = ()
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # the base class would move the factors to the weight, which may be offloaded
@@ -66,33 +67,32 @@ class CompressionTuner(BaseTuner):
         """
         Make the compression final: every layer becomes a [`LowRankLinear`] or, where it stayed dense, the module that it
         was, and all else is freed. `get_base_model()` is then the plain model, in the dtype that it had, with the factors
-        trainable if they were. The active adapter is the one that stays.
+        trainable if they were. The active adapter is the one that stays, and can still be saved.
 
         Raises:
             ValueError: If several adapters are active in one layer.
             RuntimeError: If factors were to be loaded, and never were.
         """
-        if self._finalized:
+        if self._final is not None:
             return
-        for layer in self.factorized_layers().values():
+        layers = self.factorized_layers()
+        for layer in layers.values():
             layer.check_final()
-        for name, module in list(self.model.named_modules()):
-            if isinstance(module, FactorizedLinear):
-                final = module.compressed()
-            elif isinstance(module, AuxiliaryTrainingWrapper):
-                final = module.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
-            else:
-                continue
+        self._final = {name: [] for name in self.active_adapters}
+        for name, layer in layers.items():
             parent, _, child_name = _get_submodules(self.model, name)
-            setattr(parent, child_name, final)
+            setattr(parent, child_name, layer.compressed())
+            for adapter_name in self._final.keys() & layer.adapters():
+                self._final[adapter_name].append(name)
+        self._beside = tuple(settle_trained_modules(self.model))
+        self.peft_config = {name: self.peft_config[name].without_statistics() for name in self._final}
         # a plain model, which another adapter may wrap
         del self.model.peft_config
-        self._finalized = True
         # and which `save_pretrained` writes completely
         record_compression(self.model, self.peft_config[self.active_adapters[0]])
 
     def _check_not_final(self) -> None:
-        if self._finalized:
+        if self._final is not None:
             raise RuntimeError(
                 "The compression is final, its dense weights are freed. Go on with the plain model, "
                 "`model.get_base_model()`: train it, adapt it, `save_compressed(model, directory)`, or `densify(model)`."
@@ -114,22 +114,33 @@ class CompressionTuner(BaseTuner):
 
     @classmethod
     def _get_adapter_state_dict(
-        cls, model: nn.Module, config: CompressionConfig, adapter_name: str, *args: Any, **kwargs: Any
+        cls,
+        model: nn.Module,
+        config: CompressionConfig,
+        adapter_name: str,
+        state_dict: dict[str, torch.Tensor],
+        *args: Any,
+        **kwargs: Any,
     ) -> dict[str, torch.Tensor]:
-        for module in model.modules():
-            if isinstance(module, cls):
-                module._check_not_final()
-        entries = super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+        entries = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, *args, **kwargs)
+        tuner = find_tuner(cls, model)
+        if tuner is not None and tuner._final is not None:
+            entries |= entries_inside(tuner._beside, model, state_dict)
+            final = renamed_entries(tuner._final[adapter_name], model, state_dict, biases=config.bias != "none")
+            warn_of_unsaved(model, entries.keys() | final.keys())
+            entries = {key: tensor for key, tensor in entries.items() if key not in final}
+            entries |= dict(final.values())
         ranks = {}
-        for name, module in model.named_modules():
-            key = f"{name}.lowrank_down.{adapter_name}"
-            if isinstance(module, FactorizedLinear) and key in entries:
-                if entries[key].dim() != 2:
-                    raise RuntimeError(
-                        f"The factors of {name} are sharded over processes. Save through the Trainer, or pass "
-                        "`state_dict=accelerator.get_state_dict(engine)` to `save_pretrained`."
-                    )
-                ranks[exact_pattern(_uncompiled(plain_name(name)))] = entries[key].shape[0]
+        for key, tensor in entries.items():
+            name, factor, _ = key.partition(".lowrank_down")
+            if not factor:
+                continue
+            if tensor.dim() != 2:
+                raise RuntimeError(
+                    f"The factors of {name} are sharded over processes. Save through the Trainer, or pass "
+                    "`state_dict=accelerator.get_state_dict(engine)` to `save_pretrained`."
+                )
+            ranks[exact_pattern(_uncompiled(plain_name(name)))] = tensor.shape[0]
         config.write_ranks(ranks)
         return entries
 
@@ -137,7 +148,19 @@ class CompressionTuner(BaseTuner):
     def _remap_adapter_state_dict_for_load(
         cls, model: nn.Module, config: CompressionConfig, adapter_name: str, state_dict: dict[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        _check_factors(model, adapter_name, state_dict)
+        tuner, renames = find_tuner(cls, model), {}
+        expected = {
+            f"{plain_name(name)}.{attribute}": getattr(layer, attribute)[adapter_name]
+            for name, layer in model.named_modules()
+            if isinstance(layer, FactorizedLinear) and adapter_name in layer.adapters()
+            for attribute in layer.adapter_layer_names
+        }
+        if tuner is not None and tuner._final is not None:
+            final = renamed_entries(tuner._final[adapter_name], model, model.state_dict(), biases=True)
+            renames = {in_file: key for key, (in_file, _) in final.items()}
+            expected = {plain_name(key): tensor for key, tensor in final.values() if not key.endswith(".bias")}
+        _check_factors(expected, adapter_name, state_dict)
+        state_dict = {renames.get(key, key): tensor for key, tensor in state_dict.items()}
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
 
@@ -268,7 +291,7 @@ def _targets(model: nn.Module, config: PeftConfig, names: Iterable[str] | None) 
     return {_uncompiled(key): module for key, module in injected_modules(model, wanted).items()}
 
 
-def _check_factors(model: nn.Module, adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
+def _check_factors(expected: dict[str, torch.Tensor], adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:
     """
     Make sure that a file has the factors that the model has room for.
 
@@ -276,14 +299,11 @@ def _check_factors(model: nn.Module, adapter_name: str, state_dict: dict[str, to
         ValueError: If one is missing, or has another shape.
     """
     found = {plain_name(key): tuple(tensor.shape) for key, tensor in state_dict.items()}
-    for name, module in model.named_modules():
-        if not isinstance(module, FactorizedLinear) or adapter_name not in module.adapters():
-            continue
-        for attribute in module.adapter_layer_names:
-            key, expected = f"{plain_name(name)}.{attribute}", tuple(getattr(module, attribute)[adapter_name].shape)
-            if found.get(key) != expected:
-                what = "is missing" if key not in found else f"is of shape {found[key]}"
-                raise ValueError(
-                    f"{key} {what} in the file; adapter {adapter_name!r} has {expected} here. The file is damaged or "
-                    "belongs to another adapter; nothing was loaded."
-                )
+    for key, tensor in expected.items():
+        shape = tuple(tensor.shape)
+        if found.get(key) != shape:
+            what = "is missing" if key not in found else f"is of shape {found[key]}"
+            raise ValueError(
+                f"{key} {what} in the file; adapter {adapter_name!r} has {shape} here. The file is damaged or belongs to "
+                "another adapter; nothing was loaded."
+            )
