@@ -17,7 +17,12 @@ from tiny_models import TinyModel
 # name: class, settings, a learning rate at which a few steps change what is kept
 METHODS: dict[str, tuple[type[PeftConfig], dict[str, Any], float]] = {
     "ars": (AdaptiveRankSVDConfig, {}, 3e-2),
-    "ars-per-layer": (AdaptiveRankSVDConfig, {"hypernetwork": "per_layer"}, 3e-2),
+    # a network for each module takes its time: few modules
+    "ars-per-layer": (
+        AdaptiveRankSVDConfig,
+        {"hypernetwork": "per_layer", "target_modules": ["q_proj", "up_proj"]},
+        3e-2,
+    ),
     "l2lrc": (L2LRCConfig, {"anneal_steps": 2}, 0.8),
     "l2lrc-prefix": (L2LRCConfig, {"anneal_steps": 2, "keep": "prefix"}, 0.8),
 }

@@ -33,8 +33,9 @@ def uniform_noise(shape: tuple[int, ...], seed: int, step: int, device: torch.de
         device (`torch.device`, *optional*): Of the result.
     """
     numel = torch.Size(shape).numel()
-    start = _mix(torch.tensor([seed], dtype=torch.int64)) + step  # streams of different seeds must not overlap
-    counter = _mix(start).to(device) + torch.arange(numel, device=device)
+    start = _mix(torch.tensor(seed, dtype=torch.int64)) + step  # streams of different seeds must not overlap
+    # a number, not a tensor: nothing waits for the device
+    counter = torch.arange(numel, device=device) + int(_mix(start))
     return (_shift(_mix(counter), 40).float() / 2**24).view(shape)
 
 

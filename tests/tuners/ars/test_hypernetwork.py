@@ -6,12 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from peft import get_peft_model
 from torch import Tensor, nn
 
 from peft_rank import AdaptiveRankSVDConfig
 from peft_rank.allocation.masks import alignment_loss, compression_loss, gumbel_mask, uniform_noise
 from peft_rank.tuners.ars.hypernetwork import Hypernetwork, PerLayerHypernetwork, apply_heads
-from searches import searched
+from searches import optimizer, search, searched
 from tiny_models import TINY_MODELS, TinyModel
 
 
@@ -105,10 +106,10 @@ def test_the_tuners_loss(method: str, llama: TinyModel) -> None:
     model = searched(method, llama, compression_weight=7.0, alignment_weight=3.0, target_ratio=0.3)
     tuner = model.base_model
     logits = tuner.mask_logits("default").detach()
-    assert logits.shape == (14, 32)
-    assert float(logits[torch.isfinite(logits)].mean()) == pytest.approx(3.0, abs=0.3)
-    hard = (torch.rand(14, 32) < 0.5).float() * torch.isfinite(logits)
     layers = list(tuner.adapter_layers("default").values())
+    assert logits.shape == (len(layers), 32)
+    assert float(logits[torch.isfinite(logits)].mean()) == pytest.approx(3.0, abs=0.3)
+    hard = (torch.rand(logits.shape) < 0.5).float() * torch.isfinite(logits)
     kept, dense, align = 0.0, 0, 0.0
     for row, layer in zip(hard, layers, strict=True):
         m, n = layer.shape
@@ -118,7 +119,7 @@ def test_the_tuners_loss(method: str, llama: TinyModel) -> None:
         mask = row[: min(m, n)].numpy()
         prefix = (np.arange(min(m, n)) < count).astype(float)
         align += (((mask - prefix) * values) ** 2).sum() / (values**2).sum()
-    expected = 7.0 * np.log(max(kept / dense, 0.3) / 0.3) + 3.0 * align / 14
+    expected = 7.0 * np.log(max(kept / dense, 0.3) / 0.3) + 3.0 * align / len(layers)
     assert float(tuner.regularizer("default", logits, hard)) == pytest.approx(expected, rel=1e-4)
 
 
@@ -133,6 +134,38 @@ def test_its_gradient_is_added_to_the_networks(llama: TinyModel) -> None:
     tuner.add_regularization_gradient()
     for parameter, old, added in zip(tuner.mask_parameters(name), before, wanted, strict=True):
         torch.testing.assert_close(parameter.grad, old + added)
+
+
+def test_a_step_runs_the_network_once(llama: TinyModel) -> None:
+    """Its sequence is long and its kernels are small: with more runs it would take longer than the model."""
+    model, runs = searched("ars", llama), []
+    tuner = model.base_model
+    search(model, llama, optimizer(model, "ars"), 1)
+    tuner.adaptive_rank_svd_hypernetwork["default"].register_forward_hook(lambda *args: runs.append(1))
+    steps = optimizer(model, "ars")
+    for step in (2, 3):
+        for batch in range(2):
+            model.train()(**llama.make_batch(4, seed=batch)).loss.backward()
+        tuner.add_regularization_gradient()
+        steps.step()
+        tuner.update_and_allocate(step, steps)
+        steps.zero_grad()
+        assert len(runs) == step - 1
+
+
+def test_singular_values_are_those_of_the_factors(llama: TinyModel, tmp_path: Path) -> None:
+    """Also after others have been loaded."""
+    model = searched("ars", llama)
+    search(model, llama, optimizer(model, "ars"), 1)
+    other = get_peft_model(llama.make_model(seed=1), model.peft_config["default"])
+    search(other, llama, optimizer(other, "ars"), 1)
+    other.save_pretrained(tmp_path)
+    model.load_adapter(tmp_path, "default", is_trainable=True)
+    for row, layer in zip(
+        model.base_model.singular_values("default"), other.base_model.adapter_layers("default").values(), strict=True
+    ):
+        values = np.linalg.svd(layer.base_layer.weight.detach().numpy(), compute_uv=False)
+        np.testing.assert_allclose(row[: len(values)], values / np.linalg.norm(values), rtol=1e-4, atol=1e-5)
 
 
 def test_modules_of_different_rank_share_one_network() -> None:

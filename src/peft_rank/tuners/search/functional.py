@@ -56,6 +56,23 @@ def needed_rows(soft: Tensor, hard: Tensor, sizes: list[int]) -> list[tuple[Tens
         ]
 
 
+class SharedGraph(Function):
+    """The identity on a tensor whose own graph outlives the backward passes that go through it, of which there may be many.
+
+    Takes the tensor in a list, for it is no input in the eyes of autograd: the parameters behind it are.
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, made: list[Tensor], *parameters: Tensor) -> Tensor:
+        ctx.made, ctx.parameters = made[0], parameters
+        return made[0].detach()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor):
+        return None, *torch.autograd.grad(ctx.made, ctx.parameters, grad_output, retain_graph=True)
+
+
 class MaskedProduct(Function):
     """y = ((x down^T) * mask) up + bias, with frozen factors and bias.
 

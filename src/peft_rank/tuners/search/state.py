@@ -60,6 +60,7 @@ class SearchState:
         self.dense = [out_features * in_features for out_features, in_features in shapes]
         self.total = sum(self.dense) + others_dense
         self.budgets = {ratio: self._budget(ratio) for ratio in config.ratios}
+        self._copies: dict[torch.device, Tensor] = {}
         self.seed = config.seed
         self.total_steps: int | None = None
         self.restart()
@@ -98,9 +99,16 @@ class SearchState:
         A module costs its factors or, if that is less, its weight. The gradient is that of the factors everywhere, or
         nothing would ever leave the dense state.
         """
-        factors = counts * counts.new_tensor(self.costs)
-        capped = torch.minimum(factors, counts.new_tensor(self.dense))
+        costs, dense = self._on(counts.device)
+        factors = counts * costs
+        capped = torch.minimum(factors, dense)
         return (straight_through(capped, factors).sum() + self.others) / self.total
+
+    def _on(self, device: torch.device) -> Tensor:
+        """(2, modules) float32: what a rank of each module costs, and what its weight does; copied to a device once."""
+        if device not in self._copies:
+            self._copies[device] = torch.tensor([self.costs, self.dense], dtype=torch.float32, device=device)
+        return self._copies[device]
 
     def likely(self, logits: Tensor) -> Tensor:
         """(modules,) ranks whose keep probability exceeds one half, for logits (modules, K)."""

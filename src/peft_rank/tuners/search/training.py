@@ -21,7 +21,7 @@ from ..adaptive import AdaptiveRankTuner, ShrinkPolicy, add_to_gradients, check_
 from ..lowrank.entry import record_compression
 from ..names import exact_pattern
 from ..salientlora.functional import AddToGradient
-from .functional import StepMask, needed_rows
+from .functional import SharedGraph, StepMask, needed_rows
 from .layer import SearchLayer
 from .state import SearchState, Selection
 
@@ -36,15 +36,16 @@ class RankSearchTraining(AdaptiveRankTuner):
         self._compact: dict[str, list[str]] = {}
         # gradients of the regularizer with respect to the logits that the next backward adds, by adapter
         self._armed: dict[str, list[Tensor | None]] = {}
-        # logits after the last step, with their graph, for the next forward: by adapter, with what they were made from
-        self._fresh: dict[str, tuple[tuple, Tensor]] = {}
+        # the logits of this step with their graph, and singular values: by adapter, with what they were made from
+        self._graphs: dict[str, tuple[tuple, Tensor]] = {}
+        self._spectra: dict[str, tuple[tuple, Tensor]] = {}
         # what the present selection was made from
         self._selected_from: tuple | None = None
         super().__init__(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy has no part in the graph
-        return {**self.__dict__, "_fresh": {}}
+        return {**self.__dict__, "_graphs": {}}
 
     @abstractmethod
     def mask_parameters(self, adapter_name: str) -> list[nn.Parameter]:
@@ -73,7 +74,11 @@ class RankSearchTraining(AdaptiveRankTuner):
     def singular_values(self, adapter_name: str) -> Tensor:
         """(modules, K), padded with 0, scaled to a sum of squares of 1 in each module."""
         values = [layer.factors.values for layer in self.searching_layers(adapter_name).values()]
-        return pad_rows([v / v.norm().clamp(min=torch.finfo(v.dtype).tiny) for v in values], 0.0)
+        stamp = _stamp(values)
+        if self._spectra.get(adapter_name, (None,))[0] != stamp:
+            rows = [v / v.norm().clamp(min=torch.finfo(v.dtype).tiny) for v in values]
+            self._spectra[adapter_name] = stamp, pad_rows(rows, 0.0)
+        return self._spectra[adapter_name][1]
 
     def _trained_adapters(self) -> list[str]:
         return [
@@ -108,16 +113,15 @@ class RankSearchTraining(AdaptiveRankTuner):
     def _begin_step(self, name: str, layers: dict[str, SearchLayer]) -> None:
         if self._states[name].recorded == 0:
             self._check_checkpointing()
-        made_from, logits = self._fresh.pop(name, (None, None))
-        if not torch.is_grad_enabled() or made_from != self._values_of_now(name):
-            logits = self.mask_logits(name)
+        logits = self._shared_logits(name)
         if name in self._armed and torch.is_grad_enabled():
             logits = AddToGradient.apply(logits, self._armed, name, 0)
         soft, hard = self._draw(name, logits)
         rows = needed_rows(soft, hard, self._states[name].sizes)
         self._selected_from = None
-        for i, layer in enumerate(layers.values()):
-            layer.begin_step(StepMask(hard[i, : min(layer.shape)], *rows[i]))
+        # unbound, whose backward is one kernel for all modules
+        for layer, mask, needed in zip(layers.values(), hard.unbind(0), rows, strict=True):
+            layer.begin_step(StepMask(mask[: min(layer.shape)], *needed))
 
     def _check_checkpointing(self) -> None:
         """Reentrant checkpointing goes backward once for every block, and the first of them would free the graph of the
@@ -139,15 +143,20 @@ class RankSearchTraining(AdaptiveRankTuner):
         uniform = uniform_noise(logits.shape, state.seed, state.step, logits.device)
         return gumbel_mask(logits, uniform, self.peft_config[name].tau)
 
-    def _values_of_now(self, name: str) -> tuple:
-        """Changes whenever a mask parameter does."""
-        return tuple((id(p), p._version) for p in self.mask_parameters(name))
+    def _shared_logits(self, name: str) -> Tensor:
+        """`mask_logits`, made once for each optimizer step: all micro-batches and the regularizers share its graph."""
+        parameters = self.mask_parameters(name)
+        stamp = _stamp(parameters)
+        if self._graphs.get(name, (None,))[0] != stamp:
+            with torch.enable_grad():
+                self._graphs[name] = stamp, self.mask_logits(name)
+        return SharedGraph.apply([self._graphs[name][1]], *(p for p in parameters if p.requires_grad))
 
     @torch.no_grad()
     def _select_ranks(self) -> None:
         """Let every layer in search keep what it would keep if the search ended now."""
         for name, state in self._states.items():
-            key = (name, state.target, *self._values_of_now(name))
+            key = (name, state.target, _stamp(self.mask_parameters(name)))
             layers = list(self.searching_layers(name).values())
             if key == self._selected_from and all(layer._selected for layer in layers):
                 continue
@@ -180,13 +189,13 @@ class RankSearchTraining(AdaptiveRankTuner):
         for name in self._trained_adapters():
             self._check_reached(name)
             parameters = [p for p in self.mask_parameters(name) if p.requires_grad]
-            logits = self.mask_logits(name)
+            logits = self._shared_logits(name)
             loss = self.regularizer(name, logits, self._draw(name, logits)[1])
             add_to_gradients(parameters, torch.autograd.grad(loss, parameters))
 
     def arm_regularization(self, loss_scale: float = 1.0) -> None:
         for name in self._trained_adapters():
-            logits = self.mask_logits(name).detach().requires_grad_()
+            logits = self._shared_logits(name).detach().requires_grad_()
             loss = self.regularizer(name, logits, self._draw(name, logits)[1])
             self._armed[name] = [torch.autograd.grad(loss * loss_scale, logits)[0]]
 
@@ -213,10 +222,8 @@ class RankSearchTraining(AdaptiveRankTuner):
             if global_step <= state.step:
                 continue
             self._check_schedule(name)
-            with torch.enable_grad():
-                logits = self.mask_logits(name)
-            self._fresh[name] = self._values_of_now(name), logits
-            reached = state.record(logits.detach(), global_step)
+            self._graphs.pop(name, None)  # engines change parameters without a trace
+            reached = state.record(self._shared_logits(name), global_step)
             if reached is not None:
                 decided = True
                 self._write_snapshot(name, reached)
@@ -261,7 +268,8 @@ class RankSearchTraining(AdaptiveRankTuner):
             for layer, ranks in zip(self.searching_layers(name).values(), selection, strict=True):
                 layer.end_search(None if ranks is None else layer.factors.select(ranks, layer.base_layer.bias))
             del self._states[name]
-            self._fresh.clear()
+            self._graphs.clear()
+            self._spectra.clear()
             self._forget_masks(name)
         for name in [name for name in self.peft_config if name not in self._compact]:
             self.peft_config[name].write_ranks(
@@ -337,7 +345,7 @@ class RankSearchTraining(AdaptiveRankTuner):
             if name not in self._states:
                 ranks = [module.rank for module in self._linears(name).values()]
                 return {"rank/total": sum(ranks), "rank/mean": sum(ranks) / max(1, len(ranks)), **summary}
-            state, logits = self._states[name], self.mask_logits(name)
+            state, logits = self._states[name], self._shared_logits(name)
             likely = state.likely(logits)
             selection = state.choose(logits, state.target)
             kept = [size if ranks is None else len(ranks) for size, ranks in zip(state.sizes, selection, strict=True)]
@@ -353,6 +361,11 @@ class RankSearchTraining(AdaptiveRankTuner):
                 **summary,
             }
         return summary
+
+
+def _stamp(tensors: list[Tensor]) -> tuple:
+    """Changes whenever one of them does."""
+    return tuple((id(tensor), tensor._version, tensor.requires_grad) for tensor in tensors)
 
 
 def pad_rows(rows: list[Tensor], value: float) -> Tensor:
