@@ -2,25 +2,28 @@
 """Validation loss of a small GPT-2 that is trained from scratch: full rank, fixed rank, InRank, in several precisions.
 
     python benchmarks/pretraining_quality.py --text train.jsonl.gz --validation validation.jsonl.gz
-    python benchmarks/pretraining_quality.py --text a.txt b.txt --runs full-bf16 inrank0.9-bf16 --seconds 600
+    python benchmarks/pretraining_quality.py --text /usr/lib/python3.12 --runs full-bf16 inrank0.9-bf16@lr=2e-3 --seconds 540
 
 A run is named METHOD-PRECISION: `full`, `fixed` (a third of the ranks) or `inrank` and the ratio to explain; fp32, bf16 or
-fp16 (autocast; fp16 with a loss scale). All runs see the same batches in the same order; --parallel of them share the
-device, each in a process of its own. Texts are plain or JSON lines with a field `text`, gzipped or not. The tokenizer is
---tokenizer, or a byte-level BPE that is trained on the text.
+fp16 (autocast; fp16 with a loss scale). What follows an @ overrides an argument for that run alone: `@init_scale=2@seed=1`.
+All runs see the same batches in the same order; --parallel of them share the device, each in a process of its own.
+Texts are plain or JSON lines with a field `text`, gzipped or not, or folders, which stand for all .py, .rst, .md and .txt
+files in them. The tokenizer is --tokenizer, or a byte-level BPE that is trained on the text.
 
-Every evaluation appends a line to --output, and every change of ranks one to `ranks-RUN.jsonl` beside it, which
-`peft_rank.plot_ranks` draws. At --seconds every run evaluates, says so, and stops.
+Every evaluation and every check of ranks is a line of --output, from which `benchmarks/tables.py` makes tables and a
+picture. At --seconds every run says so and stops; the same command again goes on from what is kept in --work, as if
+nothing had happened.
 """
 
 from __future__ import annotations
 
 import argparse
 import gzip
+import hashlib
 import json
 import math
 import multiprocessing
-import tempfile
+import os
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -43,9 +46,19 @@ RUNS = [
     "full-fp16",
     "inrank0.9-fp16",
 ]
+ENDINGS = {".py", ".rst", ".md", ".txt"}
+HELD_OUT = 20  # without --validation, one text in so many is held out, or the last part of a single one
+# arguments that may change from one command to the next, and those that all runs of a command share
+OUTER = {"runs", "parallel", "seconds", "output", "work"}
+DATA = {"text", "validation", "tokenizer", "vocabulary"}
+KEPT = ("model", "optimizer", "step", "losses", "decisions")
 
 
 def read_texts(path: Path) -> Iterator[str]:
+    if path.is_dir():
+        for file in sorted(file for file in path.rglob("*") if file.suffix in ENDINGS and file.is_file()):
+            yield file.read_text(encoding="utf-8", errors="ignore")
+        return
     opened = gzip.open if path.suffix == ".gz" else open
     with opened(path, "rt", encoding="utf-8") as file:
         if ".json" in path.name:
@@ -54,54 +67,122 @@ def read_texts(path: Path) -> Iterator[str]:
             yield file.read()
 
 
-def load_tokenizer(args: argparse.Namespace) -> Tokenizer:
+def split_texts(args: argparse.Namespace) -> tuple[list[str], list[str]]:
+    """What to train on, and what to evaluate on."""
+    texts = [text for path in args.text for text in read_texts(path)]
+    if args.validation:
+        return texts, [text for path in args.validation for text in read_texts(path)]
+    if len(texts) < HELD_OUT:
+        joined = "\n".join(texts)
+        cut = len(joined) - len(joined) // HELD_OUT
+        return [joined[:cut]], [joined[cut:]]
+    held_out = texts[HELD_OUT - 1 :: HELD_OUT]
+    del texts[HELD_OUT - 1 :: HELD_OUT]
+    return texts, held_out
+
+
+def load_tokenizer(args: argparse.Namespace, texts: list[str]) -> Tokenizer:
     if args.tokenizer:
         path = Path(args.tokenizer)
         return Tokenizer.from_file(str(path / "tokenizer.json" if path.is_dir() else path))
     bpe = ByteLevelBPETokenizer()
-    texts = (text for path in args.text for text in read_texts(path))
     bpe.train_from_iterator(texts, args.vocabulary, min_frequency=2, special_tokens=["<|endoftext|>"])
     return bpe._tokenizer
 
 
-def encode(tokenizer: Tokenizer, paths: list[Path]) -> torch.Tensor:
-    """All tokens of the files, one text after the other."""
-    texts = [text for path in paths for text in read_texts(path)]
-    return torch.tensor([i for encoded in tokenizer.encode_batch(texts) for i in encoded.ids], dtype=torch.int32)
+def prepare(args: argparse.Namespace) -> Path:
+    """The file that holds all tokens, one text after the other; made by the first command that needs it."""
+    source = json.dumps({key: str(vars(args)[key]) for key in sorted(DATA)})
+    file = args.work / f"tokens-{hashlib.sha256(source.encode()).hexdigest()[:12]}.pt"
+    if not file.exists():
+        train, validation = split_texts(args)
+        tokenizer = load_tokenizer(args, train)
+        content: dict[str, Any] = {"vocabulary": tokenizer.get_vocab_size()}
+        for key, texts in (("train", train), ("validation", validation)):
+            ids = (torch.tensor(encoded.ids, dtype=torch.int32) for encoded in tokenizer.encode_batch(texts))
+            content[key] = torch.cat(list(ids))
+            print(f"{key}: {len(texts):,} texts, {len(content[key]):,} tokens", flush=True)
+        write(file, content)
+    return file
+
+
+def write(path: Path, content: Any) -> None:
+    """A file that is complete or not there."""
+    part = path.with_suffix(".part")
+    torch.save(content, part)
+    os.replace(part, path)
 
 
 class Training:
     """One run. Knows of nothing but its own name, the tokens and the arguments."""
 
     def __init__(self, name: str, data: Path, args: argparse.Namespace) -> None:
-        self.name, self.args, self.step, self.started = name, args, 0, time.perf_counter()
-        method, _, self.precision = name.partition("-")
+        self.name, self.args, self.file = name, args, args.work / f"{name}.pt"
+        self.started, self.step, self.seconds = time.perf_counter(), 0, 0.0
+        self.method, _, self.precision = name.partition("@")[0].partition("-")
         tokens = torch.load(data, weights_only=True)
         self.train, self.validation = (tokens[key].to(DEVICE, torch.long) for key in ("train", "validation"))
-        shape = Shape(args.layers, args.width, args.heads, args.context, tokens["vocabulary"])
-        self.model = gpt2(shape, args.dropout, args.seed)
-        self.tuner = None
-        if method == "fixed":
-            self.model = with_factors(self.model, args.targets, init_r=args.fixed_rank, buffer_r=0)
-        elif method != "full":
-            self.model = with_factors(
-                self.model,
-                args.targets,
-                explained_ratio=float(method.removeprefix("inrank")),
-                buffer_r=args.buffer,
-                max_r=args.max_rank,
-                warmup_steps=args.growth_warmup,
-                check_interval=args.check_interval,
-                growth_ratio=args.growth_ratio,
-                rank_multiple=args.rank_multiple,
-            )
-            self.tuner = self.model.base_model
-            print(f"{name}: {self.tuner.resolve_schedule(args.steps)}", flush=True)
-        self.optimizer = adamw(self.model, args.lr)
-        self.scaler = torch.amp.GradScaler(DEVICE, enabled=self.precision == "fp16" and DEVICE == "cuda")
         # the same batches for all runs, whatever draws random numbers in between
         self.generator = torch.Generator().manual_seed(args.seed)
+        self.scaler = torch.amp.GradScaler(DEVICE, enabled=self.precision == "fp16" and DEVICE == "cuda")
         self.losses: list[torch.Tensor] = []
+        self.decisions: list[dict[str, Any]] = []
+        if self.file.exists():
+            self.restore()
+        else:
+            self.model = self.make_model(tokens["vocabulary"])
+            self.optimizer = adamw(self.model, args.lr)
+        self.tuner = None if self.method == "full" else self.model.base_model
+
+    def make_model(self, vocabulary: int) -> torch.nn.Module:
+        args = self.args
+        model = gpt2(Shape(args.layers, args.width, args.heads, args.context, vocabulary), args.dropout, args.seed)
+        if self.method == "full":
+            return model
+        if self.method == "fixed":
+            return with_factors(model, args.targets, init_r=args.fixed_rank, buffer_r=0, init_scale=args.init_scale)
+        model = with_factors(
+            model,
+            args.targets,
+            explained_ratio=float(self.method.removeprefix("inrank")),
+            buffer_r=args.buffer,
+            max_r=args.max_rank,
+            warmup_steps=args.growth_warmup,
+            check_interval=args.check_interval,
+            growth_ratio=args.growth_ratio,
+            rank_multiple=args.rank_multiple,
+            init_scale=args.init_scale,
+        )
+        print(f"{self.name}: {model.base_model.resolve_schedule(args.steps)}", flush=True)
+        return model
+
+    # ---- what outlives a command ----
+
+    def save(self) -> None:
+        state = {name: vars(self)[name] for name in KEPT}
+        state["arguments"] = inner(self.args)
+        state["seconds"] = self.seconds + time.perf_counter() - self.started
+        state["scaler"], state["generator"] = self.scaler.state_dict(), self.generator.get_state()
+        state["random"] = torch.get_rng_state(), torch.cuda.get_rng_state() if DEVICE == "cuda" else None
+        write(self.file, state)
+
+    def restore(self) -> None:
+        # our own file, objects and all: the parameters that the optimizer holds have to be those of the model
+        state = torch.load(self.file, weights_only=False)
+        changed = [key for key, value in inner(self.args).items() if state["arguments"].get(key) != value]
+        if changed:
+            raise ValueError(
+                f"{self.file} was made with other arguments: {', '.join(changed)}. Delete it, or change --work."
+            )
+        vars(self).update({name: state[name] for name in (*KEPT, "seconds")})
+        self.scaler.load_state_dict(state["scaler"])
+        self.generator.set_state(state["generator"])
+        cpu, cuda = state["random"]
+        torch.set_rng_state(cpu)
+        if cuda is not None:
+            torch.cuda.set_rng_state(cuda)
+
+    # ---- steps ----
 
     def batch(self) -> torch.Tensor:
         length = self.args.context + 1
@@ -132,7 +213,10 @@ class Training:
             if self.scaler.get_scale() < scale:
                 self.tuner.skip_step(self.step)
             elif self.tuner.update_and_allocate(self.step, self.optimizer):
-                self.record_ranks()
+                ranks = {name: layer.rank("default") for name, layer in self.layers().items()}
+                summary = self.tuner.rank_summary()
+                decision = {"run": self.name, "event": "decision", "step": self.step, **summary, "ranks": ranks}
+                self.decisions.append(decision)
         self.optimizer.zero_grad(set_to_none=True)
 
     def loss(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -144,16 +228,20 @@ class Training:
     def validation_loss(self) -> float:
         self.model.eval()
         length = self.args.context + 1
-        rows = self.validation[: len(self.validation) // length * length].view(-1, length)[: self.args.eval_rows]
+        rows = self.validation[: len(self.validation) // length * length].view(-1, length)
+        # from everywhere in the text, not its first part
+        rows = rows[:: max(1, len(rows) // self.args.eval_rows)][: self.args.eval_rows]
         total = sum(float(self.loss(part)) * len(part) for part in rows.split(self.args.batch))
         self.model.train()
         return total / len(rows)
 
+    def layers(self) -> dict[str, Any]:
+        return self.tuner.adapter_layers("default")
+
     def evaluate(self, event: str) -> dict[str, Any]:
-        """Append a line of results."""
+        """Append a line of results, and keep the run."""
         loss = self.validation_loss()
         recent = float(torch.stack(self.losses).mean()) if self.losses else None
-        self.losses.clear()
         row = {
             "run": self.name,
             "event": event,
@@ -161,59 +249,86 @@ class Training:
             "validation_loss": round(loss, 4),
             "perplexity": round(math.exp(min(loss, 30)), 3),
             "train_loss": None if recent is None else round(recent, 4),
-            "seconds": round(time.perf_counter() - self.started, 1),
+            "seconds": round(self.seconds + time.perf_counter() - self.started, 1),
             "parameters": sum(p.numel() for p in self.model.parameters()),
             **({} if self.tuner is None else self.tuner.rank_summary()),
         }
         if self.tuner is not None:
             sides = [min(layer.in_features, layer.out_features) for layer in self.layers().values()]
             row["rank_share"] = round(row["rank/total"] / sum(sides), 4)
-        append(self.args.output, row)
+        rows = [*self.decisions, row]
+        self.decisions, self.losses = [], []
+        self.save()
+        append(self.args.output, *rows)
         print(row, flush=True)
         return row
 
-    def layers(self) -> dict[str, Any]:
-        return self.tuner.adapter_layers("default")
+    def run(self, end: float) -> dict[str, Any]:
+        """To the last step, or until `end` (of `time.time`)."""
+        if self.step == self.args.steps:
+            return {"run": self.name, "event": "was complete before"}
+        first, began = self.step, time.perf_counter()
+        while self.step < self.args.steps and time.time() < end:
+            self.advance()
+            if self.step % self.args.eval_steps == 0 and self.step < self.args.steps:
+                self.evaluate("evaluation")
+            if self.step == first + 100:
+                each = (time.perf_counter() - began) / 100
+                left = each * (self.args.steps - self.step)
+                print(f"{self.name}: {1e3 * each:.1f} ms a step, {left:.0f} s to go", flush=True)
+        if self.step == self.args.steps:
+            return self.evaluate("end")
+        self.save()
+        return {"run": self.name, "event": f"out of time at step {self.step} of {self.args.steps}"}
 
-    def record_ranks(self) -> None:
-        ranks = {name: layer.rank("default") for name, layer in self.layers().items()}
-        line = {"step": self.step, "event": "decision", **self.tuner.rank_summary(), "ranks": ranks}
-        append(self.args.output.with_name(f"ranks-{self.name}.jsonl"), line)
+
+def inner(args: argparse.Namespace) -> dict[str, str]:
+    """The arguments that a run's result depends on."""
+    return {key: str(value) for key, value in vars(args).items() if key not in OUTER}
 
 
-def append(path: Path, row: dict[str, Any]) -> None:
+def append(path: Path, *rows: dict[str, Any]) -> None:
+    """In one piece, since all runs write to one file."""
     with path.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
+        file.write("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def train(name: str, data: Path, args: argparse.Namespace, end: float) -> dict[str, Any]:
-    """One run, to its last step or until `end` (of `time.time`)."""
-    torch.set_float32_matmul_precision("highest" if name.endswith("fp32") else "high")
+    """One run in a process of its own."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // args.parallel))
+    torch.set_float32_matmul_precision("highest" if "-fp32" in name else "high")
     try:
-        training = Training(name, data, args)
-        while training.step < args.steps and time.time() < end:
-            training.advance()
-            if training.step % args.eval_steps == 0 and training.step < args.steps:
-                training.evaluate("evaluation")
-        return training.evaluate("end" if training.step == args.steps else "out of time")
+        row = Training(name, data, args).run(end)
     except Exception as error:  # noqa: BLE001 - the other runs go on, and the file says why this one did not
         row = {"run": name, "event": "error", "error": f"{type(error).__name__}: {error}"}
         append(args.output, row)
-        print(row, flush=True)
-        return row
+    print(row, flush=True)
+    return row
+
+
+def arguments_of(name: str, args: argparse.Namespace) -> argparse.Namespace:
+    """The arguments of a run, with what its name overrides."""
+    known, changed = vars(args), {}
+    for part in name.split("@")[1:]:
+        key, _, value = part.partition("=")
+        if key in OUTER | DATA or known.get(key) is None:
+            raise SystemExit(f"{name}: {key!r} is no argument that a run can override.")
+        changed[key] = type(known[key])(value)
+    return argparse.Namespace(**{**known, **changed})
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--text", type=Path, nargs="+", required=True, help="files to train on")
-    add("--validation", type=Path, nargs="+", help="files to evaluate on; the last 5 %% of the tokens by default")
+    add("--text", type=Path, nargs="+", required=True, help="files, or folders of them, to train on")
+    add("--validation", type=Path, nargs="+", help="files to evaluate on; by default one text in 20 is held out")
     add("--tokenizer", help="tokenizer.json, or a folder with one")
     add("--vocabulary", type=int, default=8192, help="of the tokenizer that is trained otherwise")
     add("--output", type=Path, default=RESULTS / "pretraining_quality.jsonl")
+    add("--work", type=Path, default=RESULTS.parents[1] / "outputs" / "pretraining", help="kept between commands")
     add("--runs", nargs="+", default=RUNS, metavar="RUN")
     add("--parallel", type=int, default=4, help="runs at a time")
-    add("--seconds", type=float, default=1e9, help="of all runs together")
+    add("--seconds", type=float, default=1e9, help="of this command, tokenizing included")
     add("--steps", type=int, default=12_000)
     add("--eval-steps", type=int, default=500)
     add("--eval-rows", type=int, default=512)
@@ -227,6 +342,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--warmup", type=int, default=500, help="steps of the learning rate's warm-up")
     add("--seed", type=int, default=0)
     add("--targets", default="mlp", choices=list(TARGETS))
+    add("--init-scale", type=float, default=1.0, help="of products, as multiples of the dense weights")
     add("--fixed-rank", type=int, default=128)
     add("--buffer", type=int, default=48)
     add("--max-rank", type=int, default=152, help="largest width with InRank; 40 %% of the default model's ranks")
@@ -240,22 +356,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     end = time.time() + args.seconds
-    args.output.parent.mkdir(parents=True, exist_ok=True)
+    trainings = {name: arguments_of(name, args) for name in args.runs}
+    for folder in (args.output.parent, args.work):
+        folder.mkdir(parents=True, exist_ok=True)
     append(args.output, {"environment": environment(), "arguments": json.loads(json.dumps(vars(args), default=str))})
-    tokenizer = load_tokenizer(args)
-    tokens = encode(tokenizer, args.text)
-    cut = len(tokens) if args.validation else int(0.95 * len(tokens))
-    validation = encode(tokenizer, args.validation) if args.validation else tokens[cut:]
-    print(f"{cut:,} tokens to train on, {len(validation):,} to evaluate on", flush=True)
-    with tempfile.TemporaryDirectory() as folder:
-        data = Path(folder, "tokens.pt")
-        content = {"train": tokens[:cut], "validation": validation, "vocabulary": tokenizer.get_vocab_size()}
-        torch.save(content, data)
-        spawn = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(args.parallel, mp_context=spawn) as pool:
-            waiting = [pool.submit(train, name, data, args, end) for name in args.runs]
-            for done in as_completed(waiting):
-                print("done:", done.result()["run"], flush=True)
+    data = prepare(args)
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(args.parallel, mp_context=spawn) as pool:
+        waiting = [pool.submit(train, name, data, changed, end) for name, changed in trainings.items()]
+        for done in as_completed(waiting):
+            print("done:", done.result(), flush=True)
 
 
 if __name__ == "__main__":

@@ -75,6 +75,7 @@ class MethodArguments:
     targets: Literal["mlp", "all"] = field(
         default="mlp", metadata={"help": "Which linears become products: the MLP's, as in the paper, or all."}
     )
+    init_scale: float = field(default=1.0, metadata={"help": "Start of products, as multiples of the dense weights."})
     fixed_r: int = field(default=256, metadata={"help": "Rank of --method fixed."})
     init_r: int = field(default=2, metadata={"help": "Rank that InRank starts with."})
     buffer_r: int = field(default=100, metadata={"help": "Ranks that are trained beyond the found ones."})
@@ -134,7 +135,12 @@ def make_model(args: Arguments, tokenizer: PreTrainedTokenizerBase) -> GPT2LMHea
 
 
 def adapter_config(args: MethodArguments) -> InRankConfig:
-    common = {"from_scratch": True, "target_modules": TARGETS[args.targets], "fan_in_fan_out": True}
+    common = {
+        "from_scratch": True,
+        "target_modules": TARGETS[args.targets],
+        "fan_in_fan_out": True,
+        "init_scale": args.init_scale,
+    }
     if args.method == "fixed":
         return InRankConfig(init_r=args.fixed_r, buffer_r=0, **common)
     return InRankConfig(

@@ -166,6 +166,8 @@ def test_zeros_do_not_matter_to_the_energy_but_to_the_variance() -> None:
         (lambda: explained_ratio(torch.ones(3), 1, size=2), "`size=2` must be at least"),
         (lambda: next_rank(torch.ones(3), 1, -1, 3, 0.9, "energy"), "`buffer` must be at least 0"),
         (lambda: next_rank(torch.tensor([torch.inf]), 1, 1, 3, 0.9, "energy"), "must be finite"),
+        (lambda: next_rank(torch.ones(3), 1, 1, 3, 90), "`threshold=90` must be at most 1"),
+        (lambda: next_rank(torch.ones(3), 1, 1, 3, float("nan")), "`threshold=nan` must be at most 1"),
     ],
 )
 def test_errors(call, message: str) -> None:

@@ -103,6 +103,12 @@ def test_the_papers_settings(pretrain, name: str, tmp_path: Path) -> None:
     assert all(re.fullmatch(everything, n) for n in names)
 
 
+@pytest.mark.parametrize("method", ["fixed", "inrank"])
+def test_the_start_of_products(pretrain, tmp_path: Path, text: Path, method: str) -> None:
+    _, _, asked, _ = pretrain.run_pretrain.parse(arguments(tmp_path, text, method=method, init_scale=2.5))
+    assert pretrain.run_pretrain.adapter_config(asked).init_scale == 2.5
+
+
 def test_engine_configurations() -> None:
     assert json.loads((CONFIGS / "deepspeed_zero2.json").read_text())["zero_optimization"]["stage"] == 2
     assert yaml.safe_load((CONFIGS / "accelerate_ddp.yaml").read_text())["distributed_type"] == "MULTI_GPU"

@@ -71,7 +71,7 @@ def next_rank(
         current (`int`): The rank before; it never decreases.
         buffer (`int`): Growth is at most this.
         max_r (`int`): No rank above this is chosen.
-        threshold (`float`): The share to explain, see `explained_ratio`.
+        threshold (`float`): The share to explain, at most 1, see `explained_ratio`.
         criterion (`str`, *optional*, defaults to `"energy"`): See `explained_ratio`.
         reference (`bool`, *optional*, defaults to `False`): The released code's rule, where `max_r` is the allocated
             width: ranks of `current + buffer - 1` and of `max_r - buffer - 1` are never exceeded, and a spectrum
@@ -86,6 +86,8 @@ def next_rank(
     """
     if current < 0 or buffer < 0:
         raise ValueError(f"`current` and `buffer` must be at least 0, got {current} and {buffer}.")
+    if not threshold <= 1:
+        raise ValueError(f"`threshold={threshold}` must be at most 1, a share of the spectrum.")
     shares = _shares(singular_values, criterion, size, literal=reference)
     last = min(current + buffer - 1, max_r - buffer - 1) if reference else min(current + buffer, max_r)
     for rank in range(current, last + 1):

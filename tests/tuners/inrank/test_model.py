@@ -421,6 +421,10 @@ def test_quantized_bases() -> None:
         ({"warmup_steps": -1}, "`warmup_steps=-1`"),
         ({"check_interval": 0}, "`check_interval=0`"),
         ({"growth_steps": 3, "growth_ratio": 0.5}, "say the same thing twice"),
+        (
+            {"growth_steps": 120},
+            "No check fits in between `warmup_steps=100` and the end of the growth after 120 steps",
+        ),
         ({"growth_ratio": 0.0}, "`growth_ratio=0.0`"),
         ({"rank_multiple": 0}, "`rank_multiple=0`"),
         ({"lora_dropout": 1.0}, "`lora_dropout=1.0`"),

@@ -182,6 +182,8 @@ class InRankConfig(AdaptedModulesConfig):
         Raises:
             ValueError: If no check fits in before, or the training is too short or of unknown length.
         """
+        if total_steps is not None:
+            check_int("total_steps", total_steps, 1)
         ratio = self.growth_ratio
         if self.growth_steps is not None:
             end = self.growth_steps
@@ -200,13 +202,16 @@ class InRankConfig(AdaptedModulesConfig):
                 f"`growth_steps={end}` must be at most the {total_steps} steps of the training. Lower it, or give "
                 "`growth_ratio`."
             )
+        self._check_end(end)
+        return end
+
+    def _check_end(self, end: int) -> None:
         if end // self.check_interval * self.check_interval <= self.warmup_steps:
             raise ValueError(
                 f"No check fits in between `warmup_steps={self.warmup_steps}` and the end of the growth after {end} steps, "
                 f"with `check_interval={self.check_interval}`: no rank would ever grow. Lower them, raise `growth_steps` or "
                 "`growth_ratio`, or train longer; for fixed ranks set `buffer_r=0`."
             )
-        return end
 
     def _check_growth(self) -> None:
         check_number("explained_ratio", self.explained_ratio, lambda value: 0 < value <= 1, "in (0, 1]")
@@ -221,6 +226,8 @@ class InRankConfig(AdaptedModulesConfig):
             )
         if self.growth_steps is not None:
             check_int("growth_steps", self.growth_steps, 1)
+            if self.allocates:
+                self._check_end(self.growth_steps)
         if self.growth_ratio is not None:
             check_number("growth_ratio", self.growth_ratio, lambda value: 0 < value <= 1, "in (0, 1]")
 
