@@ -5,6 +5,7 @@
     python benchmarks/quantized.py --shape tiny --vocabulary 64 --batch 2 --length 32    # on a CPU
     python benchmarks/quantized.py --model HuggingFaceTB/SmolLM2-135M
 
+A base takes a minute or two; the result file is written after each, and bases that it holds are not measured again.
 Texts are random tokens that repeat themselves. `change` is what the adapter changes in the logits, relative to them; errors are
 relative to that change. An adapter that is loaded computes the same as the trained one; exported, the same but for PEFT's
 other order of rounding; a merged base is quantized again, with the rounding of its format.
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import argument_parser, store
+from _common import Results, argument_parser
 from multi_gpu import SHAPES, STEPS, Clock, Texts
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor
@@ -165,20 +166,16 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     args = parse()
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line for every product of another dtype
-    rows: list[dict[str, Any]] = []
+    if args.model is not None:
+        args.vocabulary = AutoConfig.from_pretrained(args.model).vocab_size
+    settings = {name: value for name, value in vars(args).items() if name not in ("output", "kinds")}
+    results = Results(args.output, ("base",), **settings, steps=STEPS)
     with tempfile.TemporaryDirectory() as folder:
-        settings = {name: value for name, value in vars(args).items() if name != "output"}
         if args.model is None:
             args.model = save_random_model(args, Path(folder, "model"))
-        else:
-            args.vocabulary = AutoConfig.from_pretrained(args.model).vocab_size
         for kind in args.kinds:
-            rows.append(measure(args, kind, Path(folder, kind)))
-            store(args.output, rows, **settings, steps=STEPS)
-    columns = list(rows[0])
-    print("| " + " | ".join(columns) + " |\n|" + "---|" * len(columns))
-    for row in rows:
-        print("| " + " | ".join(str(row[name]) for name in columns) + " |")
+            if not results.find({"base": kind}):
+                results.add(measure(args, kind, Path(folder, kind)))
 
 
 if __name__ == "__main__":
