@@ -55,7 +55,7 @@ def with_us(tiny: TinyModel, folder: Path) -> dict[str, torch.Tensor]:
 
 def without_us(tiny: TinyModel, folder: Path) -> dict[str, torch.Tensor]:
     told = {}
-    for name in ("saved", "sharded"):
+    for name in ("saved", "sharded", "second"):
         try:
             tiny.model_class.from_pretrained(folder / name)
             told[name] = "loaded"

@@ -78,9 +78,9 @@ def loaded_with_us(directories: tuple) -> Path:
 
 
 @pytest.fixture(scope="module")
-def loaded_without_us(directories: tuple) -> Path:
-    _run("without", directories[0])
-    return directories[0]
+def loaded_without_us(loaded_with_us: Path) -> Path:
+    _run("without", loaded_with_us)
+    return loaded_with_us
 
 
 def test_round_trips_are_exact(tiny: TinyModel, directories: tuple, loaded_with_us: Path) -> None:

@@ -13,14 +13,15 @@ import pytest
 import torch
 import transformers
 from huggingface_hub import ModelCard
+from peft import get_peft_model
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, pipeline
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedTokenizerFast, pipeline
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.trainer_utils import validate_quantization_for_training
 
 from cards import Hub
 from compressed_models import AUTO_CLASSES, compress_module, compressed, edit_weights
-from peft_rank import densify, load_compressed, save_compressed
+from peft_rank import LowRankConfig, densify, load_compressed, save_compressed
 from peft_rank.export import quantizer
 from peft_rank.tuners.lowrank.entry import low_rank_modules, read_entry
 from runs import logits
@@ -42,6 +43,7 @@ def test_registering_again_changes_nothing() -> None:
     before = dict(AUTO_QUANTIZER_MAPPING), dict(AUTO_QUANTIZATION_CONFIG_MAPPING)
     quantizer.register_low_rank()
     assert (dict(AUTO_QUANTIZER_MAPPING), dict(AUTO_QUANTIZATION_CONFIG_MAPPING)) == before
+    assert "peft_rank" not in PreTrainedConfig._peft_rank_own_to_json_file.__module__
     assert AUTO_QUANTIZER_MAPPING["low_rank"] is quantizer.LowRankQuantizer
 
 
@@ -281,26 +283,21 @@ def test_truncated_weights(saved: Path, tmp_path: Path) -> None:
         AutoModelForCausalLM.from_pretrained(directory)
 
 
-def test_what_transformers_does_without_the_plug_in(
-    saved: Path, llama: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+def test_without_us_transformers_refuses_every_saved_directory(
+    saved: Path, llama: TinyModel, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """
-    A directory of `save_compressed` is refused. One of a plain `save_pretrained` is not: transformers says so in its log
-    and fills the modules with random numbers. Dense or not compressed at all, the file is no trap.
-    """
+    """It would say in its log that it does not know the entry, and fill the modules with random numbers."""
     model = load_compressed(saved)
-    model.save_pretrained(tmp_path / "plain")
+    model.save_pretrained(tmp_path / "again")
+    tuned = get_peft_model(llama.make_model(), LowRankConfig(rank=4, target_modules=["up_proj"]))
+    tuned.base_model.finalize()
+    tuned.get_base_model().save_pretrained(tmp_path / "tuned")
+    assert "transformers_weights" not in vars(model.config)
     monkeypatch.delitem(AUTO_QUANTIZER_MAPPING, "low_rank")
     monkeypatch.delitem(AUTO_QUANTIZATION_CONFIG_MAPPING, "low_rank")
-    with pytest.raises(OSError, match="import_peft_rank_before_loading"):
-        AutoModelForCausalLM.from_pretrained(saved)
-    transformers.utils.logging.enable_propagation()
-    foreign, info = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", output_loading_info=True)
-    transformers.utils.logging.disable_propagation()
-    assert "Unknown quantization type, got low_rank" in caplog.text
-    assert "LOAD REPORT" in caplog.text
-    assert info["missing_keys"]
-    assert not low_rank_modules(foreign)
+    for directory in (saved, tmp_path / "again", tmp_path / "tuned"):
+        with pytest.raises(OSError, match="import_peft_rank_before_loading"):
+            AutoModelForCausalLM.from_pretrained(directory)
 
 
 # ---- the Hub ----

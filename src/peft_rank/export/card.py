@@ -32,7 +32,7 @@ from peft_rank.tuners.lowrank import LowRankConfig
 from peft_rank.tuners.lowrank.config import CompressionConfig
 from peft_rank.tuners.salientlora import SalientLoRAConfig
 
-from .directory import CompressedSummary, guard, is_compressed, read_compressed
+from .directory import CompressedSummary, is_compressed, read_compressed
 from .record import copy_record, picture_in
 from .snapshot import AdapterSummary, summarize_model
 
@@ -100,7 +100,6 @@ def register_model_card() -> None:
 def _upload_compressed(self: PreTrainedModel, working_dir: str, repo_id: str, *args: Any, **kwargs: Any) -> Any:
     directory = Path(working_dir)
     if is_compressed(directory):
-        guard(directory)
         write_compressed_card(directory, directory / CARD_NAME, repo_id)
     return super(PreTrainedModel, self)._upload_modified_files(working_dir, repo_id, *args, **kwargs)
 

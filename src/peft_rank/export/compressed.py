@@ -25,7 +25,7 @@ from peft_rank.tuners.lowrank.config import CompressionConfig
 from peft_rank.tuners.lowrank.entry import low_rank_modules, read_entry, record_ranks
 
 from .card import CARD_NAME, write_compressed_card
-from .directory import guard, not_compressed, read_compressed
+from .directory import not_compressed, read_compressed
 from .draft import draft_of
 from .quantizer import linear_shape
 from .record import copy_record
@@ -83,7 +83,6 @@ def save_compressed(
         model.save_pretrained(draft, **save_pretrained_kwargs)
         if tokenizer is not None:
             tokenizer.save_pretrained(draft)
-        guard(draft)
         copy_record(trained, draft)
         write_compressed_card(draft, directory / CARD_NAME)
         _move(draft, directory)

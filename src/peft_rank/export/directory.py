@@ -15,7 +15,7 @@ from transformers.utils import CONFIG_NAME, SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHT
 
 from peft_rank.tuners.lowrank.entry import QUANT_METHOD
 
-from .quantizer import ABSENT_WEIGHTS, LowRankQuantizationConfig
+from .quantizer import LowRankQuantizationConfig
 
 
 @dataclass(frozen=True)
@@ -82,14 +82,6 @@ def read_compressed(directory: str | os.PathLike[str]) -> CompressedSummary:
         bytes=sum(_checked_size(path) for path in _weight_files(directory)),
         facts=facts,
     )
-
-
-def guard(directory: Path) -> None:
-    """Have `config.json` send readers that do not know of limited ranks to a file that does not exist."""
-    path = directory / CONFIG_NAME
-    config = _read_json(path)
-    config["transformers_weights"] = ABSENT_WEIGHTS
-    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def not_compressed(directory: str | os.PathLike[str], entry: Any) -> str:

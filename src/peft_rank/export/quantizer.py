@@ -8,19 +8,23 @@ entry: the model is an ordinary one that a Trainer trains.
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Mapping
+from functools import wraps
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from peft_rank.tuners.lowrank import LowRankLinear
-from peft_rank.tuners.lowrank.entry import QUANT_METHOD, record_ranks
+from peft_rank.tuners.lowrank.entry import QUANT_METHOD, read_entry, record_ranks
 
 
 # A file that no directory has. Readers that do not know the entry look for it and say that they miss it, instead of
@@ -194,9 +198,33 @@ def _refuse_unloaded(model: PreTrainedModel, ranks: Mapping[str, int], shapes: M
         )
 
 
+def _guard(path: Path) -> None:
+    """Have a `config.json` send readers that do not know of limited ranks to a file that does not exist."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["transformers_weights"] = ABSENT_WEIGHTS
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _guard_saved_configs() -> None:
+    """Whatever saves a compressed model saves its configuration by this method, which keeps no `transformers_weights`."""
+    own = vars(PreTrainedConfig).get("_peft_rank_own_to_json_file")
+    if own is None:
+        own = PreTrainedConfig._peft_rank_own_to_json_file = PreTrainedConfig.to_json_file
+
+    @wraps(own)
+    def to_json_file(
+        self: PreTrainedConfig, json_file_path: str | os.PathLike[str], *args: Any, **kwargs: Any
+    ) -> None:
+        own(self, json_file_path, *args, **kwargs)
+        if read_entry(self) is not None:
+            _guard(Path(json_file_path))
+
+    PreTrainedConfig.to_json_file = to_json_file
+
+
 def register_low_rank() -> None:
     """
-    Let transformers load compressed models. Repeating it changes nothing.
+    Let transformers load compressed models, and save them so that it refuses them without us. Repeating it changes nothing.
 
     Raises:
         RuntimeError: If the name belongs to another package. Nothing is changed in that case.
@@ -216,3 +244,4 @@ def register_low_rank() -> None:
         # a reloaded module brings new classes, which transformers does not register twice
         mapping.pop(QUANT_METHOD, None)
         register(QUANT_METHOD)(own)
+    _guard_saved_configs()
