@@ -12,6 +12,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from _common import RESULTS
+from _engine_tables import ENGINES
 from _quality_tables import best, grid, read_study
 
 
@@ -44,7 +45,7 @@ def table(header: list[str], rows: list[list[Any]]) -> str:
 def origin(result: dict[str, Any]) -> str:
     environment = result["environment"]
     versions = ", ".join(f"{name} {environment[name]}" for name in ("torch", "transformers", "peft"))
-    return f"Measured {environment['date']} on {environment['device']}, {versions}.\n"
+    return f"Measured {environment['date']} on {environment['device'].strip()}, {versions}.\n"
 
 
 def training_step(result: dict[str, Any], section: str) -> str:
@@ -324,6 +325,17 @@ def adaptation() -> list[str]:
     return ["## Encoder-decoder: American to British pronunciation\n", note, origin(result), pronunciation(result)]
 
 
+def engines() -> list[str]:
+    """The parts about several GPUs and quantized bases, as far as they have been measured."""
+    parts = []
+    for name, (title, note, make) in ENGINES.items():
+        path = RESULTS / f"{name}.json"
+        if path.exists():
+            result = json.loads(path.read_text())
+            parts += [f"## {title}\n", note.format(**result["settings"]) + "\n", origin(result), table(*make(result))]
+    return parts
+
+
 def main() -> None:
     parts = [
         "# Benchmarks\n",
@@ -343,6 +355,7 @@ def main() -> None:
     parts += compression()
     parts += learned()
     parts += adaptation()
+    parts += engines()
     PAGE.write_text("\n".join(parts), encoding="utf-8")
     print(f"wrote {PAGE}")
 

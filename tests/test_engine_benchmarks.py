@@ -73,6 +73,22 @@ def test_an_engine_that_fails_keeps_what_it_found(
     assert "MemoryError: of --shape=tiny --vocabulary=32 --batch=2" in row["error"]
 
 
+def test_tables_show_what_was_measured(engines: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tables = importlib.import_module("tables")
+    monkeypatch.setattr(tables, "RESULTS", tmp_path)
+    assert tables.engines() == []
+    settings = {name: getattr(engines.parse(SMALL), name) for name in (*engines.SETTINGS, "processes")}
+    results = engines.Results(tmp_path / "multi_gpu.json", ("engine",), **settings)
+    allocation = {"tokens_per_second": 900, "peak_gib": 1.5, "allocation_share": 0.0012, "regularizer_share": 0.02}
+    measured = {"agreement": {"ranks_elsewhere": 0}, "allocation": allocation, "fixed": {"tokens_per_second": 950}}
+    results.add({"engine": "zero2", **measured})
+    results.add({"engine": "fsdp2", "error": "MemoryError"})
+    page = "\n".join(tables.engines())
+    assert "LLaMA-tiny shape, random weights, 2 x 16 tokens a step on 2 GPUs" in page
+    assert "| ZeRO-2 | 0 | 900 | 1.5 | 950 |  | 0.12 | 2.00 |" in page
+    assert "| FSDP2 | failed |  |  |  |  |  |  |" in page
+
+
 def test_an_engine_that_hangs_is_told_to_end(engines: ModuleType) -> None:
     """torchrun then ends its workers, which would keep the GPUs busy if it were killed."""
     program = "import signal; signal.signal(signal.SIGTERM, lambda *_: exit('told to end')); signal.pause()"
@@ -113,5 +129,7 @@ def test_quantized_bases_from_end_to_end(
         assert row["error_loaded"] == 0
         assert row["error_exported"] < 0.2
     assert rows["plain"]["error_merged"] < rows["8bit"]["error_merged"] < rows["4bit"]["error_merged"]
+    (_, _, table) = importlib.import_module("_engine_tables").ENGINES["quantized"]
+    assert [line[0] for line in table(json.loads((tmp_path / "rows.json").read_text()))[1]] == list(rows)
     quantized.main()  # a second time it has nothing to do
     assert capsys.readouterr().out.count("'error_merged'") == 3

@@ -1,0 +1,51 @@
+# Copyright 2026 The peft_rank authors. Licensed under the Apache License, Version 2.0.
+"""What the tables of `multi_gpu.py` and `quantized.py` hold: columns and lines."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+NAMES = {"single": "one process", "ddp": "DDP", "fsdp2": "FSDP2", **{f"zero{i}": f"ZeRO-{i}" for i in (1, 2, 3)}}
+Cells = tuple[list[str], list[list[Any]]]
+
+
+def several_gpus(result: dict[str, Any]) -> Cells:
+    """A line an engine; engines that failed say so."""
+    lines = []
+    for row in result["rows"]:
+        found = {name: row.get(name, {}) for name in ("agreement", "allocation", "fixed")}
+        line = [NAMES[row["engine"]], found["agreement"].get("ranks_elsewhere", "failed")]
+        for name in ("allocation", "fixed"):
+            line += [found[name].get("tokens_per_second", ""), found[name].get("peak_gib") or ""]
+        shares = (found["allocation"].get(f"{part}_share") for part in ("allocation", "regularizer"))
+        lines.append([*line, *("" if share is None else f"{100 * share:.2f}" for share in shares)])
+    columns = ["engine", "ranks elsewhere", "tokens/s", "peak GiB a GPU", "tokens/s, fixed ranks", "peak GiB, fixed"]
+    return [*columns, "allocation, %", "regularizer, %"], lines
+
+
+def quantized_bases(result: dict[str, Any]) -> Cells:
+    columns = ["base", "layer", "milliseconds", "peak_gib", "change", "error_loaded", "error_exported", "error_merged"]
+    return columns, [[row[column] for column in columns] for row in result["rows"]]
+
+
+# result file -> heading, note that its settings are put into, table
+ENGINES = {
+    "multi_gpu": (
+        "Several GPUs",
+        (
+            "HF Trainer, LLaMA-{shape} shape, random weights, {batch} x {length} tokens a step on {processes} GPUs together (one "
+            "process: one GPU). Ranks elsewhere than with one process in fp32; all else in bfloat16. Shares of the time of a "
+            "step, waiting for the device before and after: upper bounds."
+        ),
+        several_gpus,
+    ),
+    "quantized": (
+        "Quantized bases",
+        (
+            "HF Trainer, {batch} x {length} tokens a step. What the adapter changes in the logits, relative to them, and relative "
+            "to that change the errors of the adapter after loading, as plain LoRA, and merged."
+        ),
+        quantized_bases,
+    ),
+}
