@@ -24,6 +24,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -138,6 +139,9 @@ class Training:
         args = self.args
         model = gpt2(Shape(args.layers, args.width, args.heads, args.context, vocabulary), args.dropout, args.seed)
         if self.method == "full":
+            for name, weight in model.named_parameters():
+                if re.fullmatch(TARGETS[args.targets] + r"\.weight", name):
+                    weight.data.mul_(args.init_scale)
             return model
         if self.method == "fixed":
             return with_factors(model, args.targets, init_r=args.fixed_rank, buffer_r=0, init_scale=args.init_scale)
@@ -342,9 +346,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--warmup", type=int, default=500, help="steps of the learning rate's warm-up")
     add("--seed", type=int, default=0)
     add("--targets", default="mlp", choices=list(TARGETS))
-    add("--init-scale", type=float, default=1.0, help="of products, as multiples of the dense weights")
+    add("--init-scale", type=float, default=1.0, help="start of products, as multiples of GPT-2's")
     add("--fixed-rank", type=int, default=128)
-    add("--buffer", type=int, default=48)
+    add("--buffer", type=int, default=128)
     add("--max-rank", type=int, default=152, help="largest width with InRank; 40 %% of the default model's ranks")
     add("--growth-warmup", type=int, default=200)
     add("--check-interval", type=int, default=50)

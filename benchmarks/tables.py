@@ -13,6 +13,7 @@ from typing import Any
 
 from _common import RESULTS
 from _engine_tables import ENGINES
+from _pretraining_tables import sections
 from _quality_tables import best, grid, read_study
 
 
@@ -336,6 +337,14 @@ def engines() -> list[str]:
     return parts
 
 
+def pretraining() -> list[str]:
+    """The parts about pre-training, as far as they have been measured."""
+    parts = []
+    for title, note, result, cells in sections(RESULTS, PAGE.parent):
+        parts += [f"## {title}\n", note + "\n", origin(result), table(*cells)]
+    return parts
+
+
 def main() -> None:
     parts = [
         "# Benchmarks\n",
@@ -356,6 +365,7 @@ def main() -> None:
     parts += learned()
     parts += adaptation()
     parts += engines()
+    parts += pretraining()
     PAGE.write_text("\n".join(parts), encoding="utf-8")
     print(f"wrote {PAGE}")
 

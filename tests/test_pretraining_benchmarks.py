@@ -115,3 +115,30 @@ def test_all_runs_see_the_same_batches(quality: ModuleType, args: Namespace) -> 
         assert torch.equal(first.batch(), second.batch())
         first.advance()
         second.advance()
+
+
+def test_tables_and_picture(quality: ModuleType, args: Namespace, tmp_path: Path) -> None:
+    tables = importlib.import_module("_pretraining_tables")
+    args.output = tmp_path / "pretraining_quality.jsonl"
+    quality.append(
+        args.output, {"environment": {"device": "x"}, "arguments": vars(args) | {"text": "", "output": "", "work": ""}}
+    )
+    data = quality.prepare(args)
+    for name in ("full-fp32", "inrank0.9-fp32@lr=3e-3"):
+        quality.train(
+            name, data, Namespace(**{**vars(quality.arguments_of(name, args)), "parallel": 1}), time.time() + 1e6
+        )
+    step = {"shape": "small", "targets": "mlp", "compiled": False, "ms_iqr": 1, "tokens_per_second": 5, "peak_gib": 2}
+    rows = [step | {"method": "full", "rank": None, "ms": 30.0}, step | {"method": "fixed", "rank": 8, "ms": 20.0}]
+    measured = {"environment": {}, "settings": {"batch": 16, "precision": "bf16"}, "rows": rows}
+    (tmp_path / "pretraining_step.json").write_text(json.dumps(measured))
+
+    (_, _, _, steps), (_, note, _, losses) = tables.sections(tmp_path, tmp_path)
+    assert [line[5] for line in steps[1]] == ["", "1.50"]
+    assert "pretraining_quality.png" in note and (tmp_path / "pretraining_quality.png").stat().st_size > 1000
+    full, inrank = (dict(zip(losses[0], line, strict=True)) for line in losses[1])
+    assert full["run"] == "full-fp32" and full["over full rank"] == "+0.0 %" and full["ranks"] == ""
+    ends = {row["run"]: row for row in lines(args.output) if row.get("event") == "end"}
+    assert inrank["steps"] == 12 and inrank["ranks"] == f"{100 * ends[inrank['run']]['rank_share']:.1f} %"
+    ratio = ends["inrank0.9-fp32@lr=3e-3"]["perplexity"] / ends["full-fp32"]["perplexity"]
+    assert inrank["over full rank"] == f"{100 * (ratio - 1):+.1f} %"
