@@ -363,6 +363,29 @@ def test_what_is_compressed_already_is_refused(llama: TinyModel, config_class: t
     assert again.base_model is not None
 
 
+class Reader(nn.Module):
+    """As Mamba, WavLM and T5 have them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name in ("multiplied", "passed", "looked_at"):
+            setattr(self, name, nn.Linear(16, 16))
+        nn.init.zeros_(self.looked_at.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.multiplied(x) if x.shape[0] > 9 else (self.multiplied.weight @ x.mT).mT
+        x = nn.functional.linear(x, self.passed.weight)
+        return self.looked_at(x.to(self.looked_at.weight.dtype))
+
+
+@pytest.mark.parametrize("name", ["multiplied", "passed"])
+def test_weights_that_others_compute_with_are_refused(name: str) -> None:
+    made = LowRankConfig(rank=4, target_modules=[name])
+    refuse(nn.Sequential(Reader()), made, TypeError, rf"0\.{name} is not called: Reader computes.*`exclude_modules`")
+    made = LowRankConfig(rank=4, target_modules="all-linear", exclude_modules=["multiplied", "passed"])
+    assert get_rank_pattern(get_peft_model(nn.Sequential(Reader()), made)) == {"0.looked_at": 4}
+
+
 def test_what_was_left_dense_can_be_compressed_later(llama: TinyModel) -> None:
     model = compressed(llama, rank_pattern={"up_proj": 8}, target_modules=["up_proj"])
     model.base_model.finalize()
@@ -399,7 +422,7 @@ def test_linears_that_do_more_are_refused() -> None:
         nn.Sequential(Scaled(16, 16)), made, TypeError, "Target module 0 is a Scaled, which does more than a linear"
     )
     attention = nn.Sequential(nn.MultiheadAttention(16, 2))
-    refuse(attention, LowRankConfig(rank=2, target_modules=["out_proj"]), TypeError, "does more than a linear")
+    refuse(attention, LowRankConfig(rank=2, target_modules=["out_proj"]), TypeError, "out_proj is not called")
 
 
 def test_coarse_weights_are_refused() -> None:

@@ -18,7 +18,7 @@ from torch import nn
 from ...calibration.targets import injected_modules, is_targeted
 from ...decomposition import Factors
 from ..additive import find_tuner
-from ..names import exact_pattern, plain_name
+from ..names import exact_pattern, plain_name, uncompiled
 from .config import CompressionConfig, LowRankConfig
 from .entry import record_compression
 from .final import entries_inside, renamed_entries, settle_trained_modules, warn_of_unsaved
@@ -140,7 +140,7 @@ class CompressionTuner(BaseTuner):
                     f"The factors of {name} are sharded over processes. Save through the Trainer, or pass "
                     "`state_dict=accelerator.get_state_dict(engine)` to `save_pretrained`."
                 )
-            ranks[exact_pattern(_uncompiled(plain_name(name)))] = tensor.shape[0]
+            ranks[exact_pattern(uncompiled(plain_name(name)))] = tensor.shape[0]
         config.write_ranks(ranks)
         return entries
 
@@ -225,7 +225,7 @@ class LowRankModel(CompressionTuner):
         if injection.factors is None:
             # only now `target_modules` is resolved; nothing has been replaced yet
             injection.factors = self._factors(config, injection)
-        factors = injection.factors.pop(_uncompiled(current_key), None)
+        factors = injection.factors.pop(uncompiled(current_key), None)
         if factors is None:
             return  # stays dense
         layer, device = target, device_of(target)
@@ -268,15 +268,11 @@ class LowRankModel(CompressionTuner):
         return factorize(ranks, modules, self.model, config, splits)
 
 
-def _uncompiled(name: str) -> str:
-    return name.removeprefix("_orig_mod.")
-
-
 def _ranks_in(state_dict: dict[str, torch.Tensor]) -> dict[str, int]:
     """Ranks by module name, of a state dict that modules are to be injected for."""
     ending = ".lowrank_down"
     return {
-        _uncompiled(key).removesuffix(ending): tensor.shape[0]
+        uncompiled(key).removesuffix(ending): tensor.shape[0]
         for key, tensor in state_dict.items()
         if key.endswith(ending)
     }
@@ -286,9 +282,9 @@ def _targets(model: nn.Module, config: PeftConfig, names: Iterable[str] | None) 
     """The modules that injection visits: those of the given names, or those that the configuration targets."""
 
     def wanted(key: str) -> bool:
-        return is_targeted(LowRankModel, config, key) if names is None else _uncompiled(key) in names
+        return is_targeted(LowRankModel, config, key) if names is None else uncompiled(key) in names
 
-    return {_uncompiled(key): module for key, module in injected_modules(model, wanted).items()}
+    return {uncompiled(key): module for key, module in injected_modules(model, wanted).items()}
 
 
 def _check_factors(expected: dict[str, torch.Tensor], adapter_name: str, state_dict: dict[str, torch.Tensor]) -> None:

@@ -3,10 +3,12 @@
 
 from __future__ import annotations
 
+import inspect
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -70,7 +72,7 @@ def check_target(name: str, module: nn.Module, **kwargs: Any) -> Shape:
             "the model without quantization, compress it, and quantize the factors afterwards."
         )
     shape = weight_shape(name, module)
-    if isinstance(base, nn.modules.linear.NonDynamicallyQuantizableLinear) or not _multiplies_only(base):
+    if not _multiplies_only(base):
         raise TypeError(
             f"Target module {name} is a {type(base).__name__}, which does more than a linear: factors cannot stand in for "
             f"it. {leave}"
@@ -98,18 +100,38 @@ def _multiplies_only(module: nn.Module) -> bool:
 
 def check_dense(names: Iterable[str], model: nn.Module) -> None:
     """
-    Refuse linears of limited rank, and their factors.
+    Refuse what is no linear of its own: linears of limited rank, their factors, and those of which the module that they are
+    in takes the weight instead of calling them, as Mamba's `dt_proj`.
 
     Raises:
         TypeError: If there is one.
     """
     for name in names:
-        owners = (model.get_submodule(owner) for owner in (name, name.rpartition(".")[0]))
-        if any(isinstance(owner, LowRankLinear) for owner in owners):
+        parent_name, _, child_name = name.rpartition(".")
+        parent = model.get_submodule(parent_name)
+        if any(isinstance(owner, LowRankLinear) for owner in (model.get_submodule(name), parent)):
             raise TypeError(
                 f"Target module {name} is compressed already. To compress it further, go back to its dense weight first: "
                 "`peft_rank.densify(model)`. Or leave it out of `target_modules`."
             )
+        code, weight = _code_of(type(parent)), f"self.{child_name}.weight"
+        if f"{weight} @" in code or (weight in code and f"self.{child_name}(" not in code):
+            raise TypeError(
+                f"Target module {name} is not called: {type(parent).__name__} computes with its weight, which factors do "
+                "not have. Leave it out of `target_modules`, or name it in `exclude_modules`."
+            )
+
+
+@cache
+def _code_of(module_class: type[nn.Module]) -> str:
+    """The methods of a module that compute something, as far as there is any source."""
+    code = []
+    for owner in module_class.__mro__[: module_class.__mro__.index(nn.Module)]:
+        for name, method in vars(owner).items():
+            if inspect.isfunction(method) and "init" not in name and "reset" not in name:
+                with suppress(OSError, TypeError):
+                    code.append(inspect.getsource(method))
+    return "\n".join(code)
 
 
 def check_untied(names: Iterable[str], modules: Mapping[str, nn.Module], model: nn.Module) -> None:
