@@ -58,9 +58,14 @@ class AdditiveLayer(RankLayer):
             ValueError: If `safe_merge` finds a merged weight that is not finite; the base weight is unchanged.
             TypeError: If the base layer is quantized in a way that cannot be undone.
         """
-        for active_adapter in check_adapters_to_merge(self, adapter_names):
-            if active_adapter not in self.adapters():
-                continue
+        adapters = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.adapters()]
+        if adapters and self.quantization_backend is not None:
+            warnings.warn(
+                "Merging into a quantized weight rounds the sum to its format again, which may take most of the update away. "
+                "Keep the adapter apart, or merge it into the base model loaded without quantization.",
+                stacklevel=2,
+            )
+        for active_adapter in adapters:
             weight = self.get_base_weight()
             merged = (weight + self.get_delta_weight(active_adapter).to(weight.device)).to(weight.dtype)
             if safe_merge and not torch.isfinite(merged).all():
