@@ -132,9 +132,9 @@ def check_alpha(alpha: float) -> None:
     Raises:
         ValueError: If it is one.
     """
-    if not 0 <= alpha < float("inf"):
+    if not isinstance(alpha, (int, float)) or not 0 <= alpha < float("inf"):
         raise ValueError(
-            f"`alpha` must be at least 0 and finite, got {alpha}. 0 ignores the statistic, 0.5 is the usual."
+            f"`alpha` must be at least 0 and finite, got {alpha!r}. 0 ignores the statistic, 0.5 is the usual."
         )
 
 

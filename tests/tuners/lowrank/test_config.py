@@ -33,6 +33,18 @@ from tiny_models import TinyModel
         ({"rank": 4, "alpha": -1}, "`alpha=-1` must be a number of 0 or more"),
         ({"rank": 4, "allocation": "learned"}, "`allocation='learned'` must be 'uniform' or 'spectral'"),
         ({"ratio": 0.5, "spectral_loss": "squared"}, "`spectral_loss='squared'` must be 'relative' or 'absolute'"),
+        (
+            {"rank": 4, "allocation": "spectral"},
+            "`allocation='spectral'` is how `ratio` is spent, and there is none: give",
+        ),
+        (
+            {"rank": 4, "ratio_scope": "model"},
+            "`ratio_scope='model'` is how `ratio` is spent, and there is none: give",
+        ),
+        (
+            {"ratio": 0.5, "spectral_loss": "absolute"},
+            "`spectral_loss='absolute'` has no part in `allocation='uniform'`",
+        ),
         ({"rank": 4, "ratio_scope": "layer"}, "`ratio_scope='layer'` must be 'targets' or 'model'"),
         ({"rank": 4, "rank_multiple": 0}, "`rank_multiple=0` must be an integer of 1 or more"),
         ({"rank_pattern": {"q_proj": 0}}, r"`rank_pattern\['q_proj'\]=0` must be an integer of 1 or more"),

@@ -211,6 +211,16 @@ class LowRankConfig(CompressionConfig):
                 "One of `rank`, `ratio` and `rank_pattern` is needed: e.g. `ratio=0.8` to keep 80% of the parameters, or "
                 '`rank_pattern={"q_proj": 384, "gate_proj": 512}`.'
             )
+        for name, usual in (("allocation", "uniform"), ("ratio_scope", "targets")):
+            if self.ratio is None and getattr(self, name) != usual:
+                raise ValueError(
+                    f"`{name}={getattr(self, name)!r}` is how `ratio` is spent, and there is none: give `ratio` instead of "
+                    f"`rank` and `rank_pattern`, or leave `{name}` at {usual!r}."
+                )
+        if self.allocation == "uniform" and self.spectral_loss != "relative":
+            raise ValueError(
+                f"`spectral_loss={self.spectral_loss!r}` has no part in `allocation='uniform'`: set `allocation='spectral'`."
+            )
         if self.target_modules is None and self.rank is None and self.ratio is None:
             self.target_modules = _modules_of(self.rank_pattern)
 
