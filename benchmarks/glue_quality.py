@@ -58,7 +58,7 @@ class Data:
     """One task on the device: fixed-length token ids, so that every batch has one shape."""
 
     def __init__(self, name: str, data: Path | None, tokenizer: Any, device: str) -> None:
-        self.task, self.device = TASKS[name], device
+        self.name, self.task, self.device = name, TASKS[name], device
         self.train = self._tensors(_read(name, "train", data)[: self.task.rows], tokenizer)
         self.validation = self._tensors(_read(name, "validation", data), tokenizer)
 
