@@ -322,6 +322,23 @@ def test_a_best_model_from_before_the_end_keeps_its_ranks(tmp_path: Path, steps:
     assert not [key for key in load_checkpoint(tmp_path / "saved") if "state" in key]
 
 
+def test_training_goes_on_from_a_best_model_of_other_widths(tmp_path: Path) -> None:
+    model = adapted(LLAMA)
+    stop = StopAt(11, crash=False)
+    with pytest.warns(UserWarning, match="budget of 28 was not reached"):
+        trainer = train_for_best(model, tmp_path, stop, steps=8)
+    assert sum(get_rank_pattern(model).values()) == 40
+    trainer.remove_callback(stop)
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+    trainer.train()
+    assert sum(get_rank_pattern(model).values()) == 28
+    state = trainer.optimizer.optimizer.state
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert all(state[p]["exp_avg"].shape == p.shape for p in trained.values() if p.numel())
+    same = [name for name, p in trained.items() if p.shape == before[name].shape and torch.equal(p, before[name])]
+    assert not [name for name in same if trained[name].numel()]
+
+
 def test_a_best_model_with_masked_ranks_is_compacted(tmp_path: Path) -> None:
     model = adapted(LLAMA)
     with pytest.warns(UserWarning, match="was not reached"):

@@ -21,6 +21,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from .ranks import get_rank_pattern
 from .reporting.picture import PICTURE_FILE, RANKS_FILE, plot_ranks
 from .tuners.adaptive import AdaptiveRankTuner, RankLayer
+from .tuners.shrinking import forget_other_shapes
 
 
 # which callback drives a tuner in which training, so that a second one stays idle
@@ -63,7 +64,13 @@ class RankAllocationCallback(TrainerCallback):
         self._living: dict[str, list[int]] = {}
 
     def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: nn.Module, **kwargs: Any
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module,
+        optimizer: Optimizer | None = None,
+        **kwargs: Any,
     ) -> None:
         tuner = _find_tuner(model)
         driver = _drivers.get(tuner)
@@ -77,6 +84,9 @@ class RankAllocationCallback(TrainerCallback):
         self._answered.clear()
         if state.global_step == 0:
             tuner.restart_allocation()
+            if optimizer is not None and not _shards():
+                # a second `train()`: the first may have ended with a best model of other widths
+                forget_other_shapes(optimizer)
         plan = tuner.resolve_schedule(state.max_steps)
         if state.global_step > 0:
             checkpoint = Path(args.output_dir, f"checkpoint-{state.global_step}")

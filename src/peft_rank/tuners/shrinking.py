@@ -34,6 +34,16 @@ def can_slice_state(optimizer: Optimizer, parameters: list[nn.Parameter]) -> boo
     return True
 
 
+def forget_other_shapes(optimizer: Optimizer) -> None:
+    """Drop the state of parameters that got another width since, as a checkpoint that is loaded into the model gives them:
+    the optimizer starts it anew. Kernels may read past the end of such a state."""
+    optimizer = unwrap_optimizer(optimizer)
+    for parameter, state in list(optimizer.state.items()):
+        tensors = [value for value in state.values() if torch.is_tensor(value) and value.dim() == parameter.dim()]
+        if any(value.shape != parameter.shape for value in tensors):
+            del optimizer.state[parameter]
+
+
 @torch.no_grad()
 def narrow(parameter: nn.Parameter, dim: int, index: torch.Tensor) -> nn.Parameter:
     """A new parameter with the rows (`dim=0`) or columns (`dim=1`) `index` of `parameter`."""
