@@ -12,6 +12,11 @@ def plain_name(name: str) -> str:
     return name.removeprefix(PEFT_PREFIX)
 
 
+def uncompiled(name: str) -> str:
+    """Name of a module without what `torch.compile` puts before it."""
+    return name.removeprefix("_orig_mod.")
+
+
 def exact_pattern(name: str) -> str:
     """Pattern that PEFT matches with this module only (a bare name also matches longer paths that end with it)."""
     return "^" + re.escape(name)

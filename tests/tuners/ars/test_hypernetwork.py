@@ -141,7 +141,7 @@ def test_a_step_runs_the_network_once(llama: TinyModel) -> None:
     model, runs = searched("ars", llama), []
     tuner = model.base_model
     search(model, llama, optimizer(model, "ars"), 1)
-    tuner.adaptive_rank_svd_hypernetwork["default"].register_forward_hook(lambda *args: runs.append(1))
+    tuner._hypernetwork("default").register_forward_hook(lambda *args: runs.append(1))
     steps = optimizer(model, "ars")
     for step in (2, 3):
         for batch in range(2):

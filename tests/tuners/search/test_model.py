@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict, inject_adapter_in_model
 from torch import nn
 from transformers import AutoModelForCausalLM, BertModel
 
@@ -25,6 +25,7 @@ from peft_rank import (
 )
 from peft_rank.decomposition import decompose
 from peft_rank.tuners.search import factors
+from peft_rank.tuners.search.layer import SearchLayer
 from runs import logits as outputs
 from searches import METHODS, after, both_methods, config, every_method, masks, optimizer, search, searched
 from tiny_models import TINY_MODELS, TinyModel
@@ -161,6 +162,29 @@ def test_checkpoints_without_factors_resume_where_the_weights_are_decomposed(
     assert torch.equal(outputs(other, llama), outputs(model, llama))
     fresh = PeftModel.from_pretrained(llama.make_model(), tmp_path / "small")
     assert torch.equal(outputs(fresh, llama), outputs(model, llama))
+
+
+@both_methods
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+def test_transformers_loads_an_unfinished_search(
+    method: str, llama: TinyModel, tmp_path: Path, low_cpu_mem_usage: bool
+) -> None:
+    """Its own loader keeps the layers and throws the tuner away."""
+    model = after(method, llama, 4)
+    model.save_pretrained(tmp_path)
+    loaded = llama.make_model()
+    loaded.load_adapter(tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert torch.equal(outputs(loaded, llama), outputs(model, llama))
+
+
+@both_methods
+def test_a_state_dict_is_injected_into_a_compiled_model(method: str, llama: TinyModel) -> None:
+    entries = get_peft_model_state_dict(after(method, llama, 2))
+    entries = {key.removeprefix("base_model.model."): value for key, value in entries.items()}
+    compiled = torch.compile(llama.make_model())
+    inject_adapter_in_model(config(method, llama), compiled, state_dict=entries)
+    wrapped = [name for name, module in compiled.named_modules() if isinstance(module, SearchLayer)]
+    assert len(wrapped) == 14
 
 
 @both_methods

@@ -16,9 +16,10 @@ from .hypernetwork import OUTPUT_SIZE, Hypernetwork, PerLayerHypernetwork, apply
 
 
 class AdaptiveRankSVDLayer(SearchLayer):
-    """A layer with its part of the hypernetwork: a linear head, or a network of its own."""
+    """A layer with its part of the hypernetwork: a linear head, or a network of its own. The first layer of a search also
+    holds what the heads share, so that whoever loads the layers loads it."""
 
-    adapter_layer_names = ("adaptive_rank_svd_head",)
+    adapter_layer_names = ("adaptive_rank_svd_head", "adaptive_rank_svd_hypernetwork")
 
     def __init__(
         self,
@@ -29,6 +30,7 @@ class AdaptiveRankSVDLayer(SearchLayer):
     ) -> None:
         super().__init__(base_layer, adapter_name, factors)
         self.adaptive_rank_svd_head = nn.ModuleDict({} if head is None else {adapter_name: head})
+        self.adaptive_rank_svd_hypernetwork = nn.ModuleDict()
 
 
 class AdaptiveRankSVDModel(RankSearchModel):
@@ -80,14 +82,12 @@ class AdaptiveRankSVDModel(RankSearchModel):
             return
         layers = list(self.searching_layers(adapter_name).values())
         network = Hypernetwork(len(layers)).to(layers[0].factors.values.device)
-        self.adaptive_rank_svd_hypernetwork = nn.ModuleDict(
-            {adapter_name: network.requires_grad_(not config.inference_mode)}
-        )
+        layers[0].adaptive_rank_svd_hypernetwork[adapter_name] = network.requires_grad_(not config.inference_mode)
 
-    def _forget_masks(self, adapter_name: str) -> None:
-        super()._forget_masks(adapter_name)
-        if self.peft_config[adapter_name].hypernetwork == "shared":
-            del self.adaptive_rank_svd_hypernetwork[adapter_name]
+    def _hypernetwork(self, adapter_name: str) -> Hypernetwork:
+        """The shared one."""
+        first = next(iter(self.searching_layers(adapter_name).values()))
+        return first.adaptive_rank_svd_hypernetwork[adapter_name]
 
     def _heads(self, adapter_name: str) -> list[nn.Module]:
         layers = self.searching_layers(adapter_name).values()
@@ -96,7 +96,7 @@ class AdaptiveRankSVDModel(RankSearchModel):
     def mask_parameters(self, adapter_name: str) -> list[nn.Parameter]:
         modules = self._heads(adapter_name)
         if self.peft_config[adapter_name].hypernetwork == "shared":
-            modules = [self.adaptive_rank_svd_hypernetwork[adapter_name], *modules]
+            modules = [self._hypernetwork(adapter_name), *modules]
         return [parameter for module in modules for parameter in module.parameters()]
 
     def mask_logits(self, adapter_name: str) -> Tensor:
@@ -104,7 +104,7 @@ class AdaptiveRankSVDModel(RankSearchModel):
         if config.hypernetwork == "per_layer":
             rows = [head() for head in heads]
         else:
-            rows = apply_heads(self.adaptive_rank_svd_hypernetwork[adapter_name](), heads)
+            rows = apply_heads(self._hypernetwork(adapter_name)(), heads)
         return pad_rows(rows, float("-inf")) + config.mask_bias
 
     def regularizer(self, adapter_name: str, logits: Tensor, hard: Tensor) -> Tensor:

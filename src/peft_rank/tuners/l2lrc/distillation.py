@@ -21,6 +21,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
 
+from ...calibration.targets import base_model
 from ..search.layer import SearchLayer
 
 
@@ -40,6 +41,7 @@ class Distillation:
     """
 
     def __init__(self, model: nn.Module, layers: list[SearchLayer], weight: float, pretraining_weight: float) -> None:
+        model = base_model(model)
         if not isinstance(model, PreTrainedModel):
             raise ValueError(
                 f"`distillation_weight={weight}` needs a transformers model, got {type(model).__name__}. Set "

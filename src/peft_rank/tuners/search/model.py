@@ -30,7 +30,7 @@ from ..lowrank.plan import (
     statistics_by_module,
     uncompressed_parameters,
 )
-from ..names import PEFT_PREFIX, exact_pattern, plain_name
+from ..names import PEFT_PREFIX, exact_pattern, plain_name, uncompiled
 from .config import RankSearchConfig
 from .factors import SearchFactors, Spectrum, decompose_weight, empty_spectrum
 from .layer import SearchLayer
@@ -108,7 +108,7 @@ class RankSearchModel(RankSearchTraining):
         if self._plan is None:
             # only now `target_modules` is resolved; nothing has been replaced yet
             self._plan = self._make_plan(config)
-        factors = self._plan.factors.pop(current_key)
+        factors = self._plan.factors.pop(uncompiled(current_key))
         if factors is None:
             return  # stays dense
         layer = self._wrap(config, adapter_name, target, factors)
@@ -118,7 +118,8 @@ class RankSearchModel(RankSearchTraining):
 
     def _make_plan(self, config: RankSearchConfig) -> _Plan:
         """What happens to every targeted module; checks all that can be wrong with them."""
-        modules = find_targets(self.model, config)
+        # PEFT leaves the prefix out of the keys of a state dict that it injects modules for
+        modules = {uncompiled(name): module for name, module in find_targets(self.model, config).items()}
         check_dense(modules, self.model)
         kwargs = get_quantization_kwargs(self)
         shapes = {name: check_target(name, module, **kwargs) for name, module in modules.items()}

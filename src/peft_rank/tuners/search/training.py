@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft.utils import AuxiliaryTrainingWrapper, load_peft_weights
+from peft.utils import load_peft_weights
 from peft.utils.other import _get_submodules
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -18,9 +18,12 @@ from transformers.trainer_pt_utils import get_model_param_count
 
 from ...allocation.masks import gumbel_mask, keep_probability, uniform_noise
 from ..adaptive import AdaptiveRankTuner, ShrinkPolicy, add_to_gradients, check_step
+from ..additive import find_tuner
 from ..lowrank.entry import record_compression
+from ..lowrank.final import entries_inside, settle_trained_modules
 from ..names import exact_pattern
 from ..salientlora.functional import AddToGradient
+from .config import RankSearchConfig
 from .functional import SharedGraph, StepMask, needed_rows
 from .layer import SearchLayer
 from .state import SearchState, Selection
@@ -34,6 +37,8 @@ class RankSearchTraining(AdaptiveRankTuner):
         self._states: dict[str, SearchState] = {}
         # names of the modules that became `LowRankLinear`, by adapter
         self._compact: dict[str, list[str]] = {}
+        # and of those that were trained beside them, of a final adapter
+        self._beside: list[str] = []
         # gradients of the regularizer with respect to the logits that the next backward adds, by adapter
         self._armed: dict[str, list[Tensor | None]] = {}
         # the logits of this step with their graph, and singular values: by adapter, with what they were made from
@@ -275,6 +280,7 @@ class RankSearchTraining(AdaptiveRankTuner):
             self.peft_config[name].write_ranks(
                 {exact_pattern(key): linear.rank for key, linear in self._linears(name).items()}
             )
+            self.peft_config[name] = self.peft_config[name].without_statistics()
             if compact:
                 self._make_compact(name)
 
@@ -307,11 +313,7 @@ class RankSearchTraining(AdaptiveRankTuner):
                 self._compact[name].append(key)
                 layer.factors.requires_grad_(self.peft_config[name].train_factors).train(layer.training)
             setattr(parent, child_name, layer.base_layer if layer.factors is None else layer.factors)
-        for key, module in list(self.model.named_modules()):
-            if isinstance(module, AuxiliaryTrainingWrapper):
-                parent, _, child_name = _get_submodules(self.model, key)
-                plain = module.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
-                setattr(parent, child_name, plain)
+        self._beside = settle_trained_modules(self.model)
         self._layers.clear()
         # a plain model, which another adapter may wrap
         self._hook.remove()
@@ -319,6 +321,20 @@ class RankSearchTraining(AdaptiveRankTuner):
             del self.model.peft_config
         # and which `save_pretrained` writes completely
         record_compression(self.model, self.peft_config[name])
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: RankSearchConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        *args: Any,
+        **kwargs: Any,
+    ) -> dict[str, Tensor]:
+        entries = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, *args, **kwargs)
+        tuner = find_tuner(cls, model)
+        return entries if tuner is None else entries | entries_inside(tuner._beside, model, state_dict)
 
     def check_resumed(self, global_step: int, checkpoint: Path | None = None) -> None:
         for name in self._trained_adapters():
