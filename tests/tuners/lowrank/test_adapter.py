@@ -3,18 +3,17 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from compressions import compressed, config, matrix, targets, truncate
-from peft_rank import LowRankConfig, LowRankLinear, calibrate, get_rank_pattern, rank_table
+from compressions import compressed, matrix, targets, truncate
+from peft_rank import LowRankConfig, LowRankLinear, get_rank_pattern, rank_table
 from peft_rank.tuners.lowrank import plan
 from runs import assert_close, logits
 from test_architectures import AUTO_CLASSES
@@ -172,52 +171,6 @@ def test_a_final_adapter_is_saved_and_loaded_as_before(run: Run, tmp_path: Path)
         parameter.data += parameter.requires_grad
     model.load_adapter(str(tmp_path), "default")
     assert torch.equal(logits(model, run.tiny), run.logits)
-
-
-@pytest.mark.parametrize("bias", ["all", "lowrank_only"])
-def test_biases_of_a_final_adapter_are_saved(bias: str, tmp_path: Path) -> None:
-    tiny = TINY_MODELS["gpt2"]
-    model = compressed(tiny, bias=bias)
-    for parameter in model.parameters():
-        parameter.data += 0.01 * parameter.requires_grad
-    expected = logits(model, tiny)
-    model.base_model.finalize()
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        model.save_pretrained(tmp_path)
-    assert torch.equal(logits(PeftModel.from_pretrained(tiny.make_model(), str(tmp_path)), tiny), expected)
-    for parameter in model.parameters():
-        parameter.data += parameter.requires_grad
-    model.load_adapter(str(tmp_path), "default")
-    assert torch.equal(logits(model, tiny), expected)
-
-
-def test_what_a_final_adapter_cannot_save_is_told(llama: TinyModel, tmp_path: Path) -> None:
-    model = compressed(llama, rank=4)
-    model.add_adapter("other", config(llama, rank=5))
-    model.base_model.finalize()
-    assert set(model.peft_config) == {"default"}
-    model.get_base_model().model.norm.weight.requires_grad_(True)
-    with pytest.warns(
-        UserWarning, match=r"not hold 1 parameters that are trained, base_model\S+norm.weight.*save_compressed"
-    ):
-        model.save_pretrained(tmp_path)
-    compressed(llama, rank=6).save_pretrained(tmp_path)
-    with pytest.raises(ValueError, match=r"lowrank_down is of shape \(6, 32\) in the file.*nothing was loaded"):
-        model.load_adapter(str(tmp_path), "default")
-    get_peft_model(model.get_base_model(), LoraConfig(target_modules=["down"]))
-    with pytest.raises(RuntimeError, match=r"q_proj has no down.weight of its own.*Save the adapters"):
-        model.save_pretrained(tmp_path)
-
-
-def test_a_final_compression_lets_go_of_the_statistics(llama: TinyModel) -> None:
-    made = config(llama, decomposition="activation")
-    base = llama.make_model()
-    made.statistics = calibrate(base, [llama.make_batch()], config=made, progress=False)
-    model = get_peft_model(base, made)
-    model.base_model.finalize()
-    assert model.peft_config["default"].statistics is None
-    assert made.statistics is not None, "the user's own configuration is for the next model, too"
 
 
 def test_factors_are_trained(run: Run) -> None:
