@@ -33,9 +33,11 @@ def argument_parser(description: str, name: str) -> argparse.ArgumentParser:
 
 
 def store(path: Path, rows: list[dict[str, Any]], **settings: Any) -> None:
-    """Write after every row: an interrupted benchmark keeps what it has measured."""
+    """Write after every row: a benchmark that is interrupted, at this moment even, keeps what it has measured."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"environment": environment(), "settings": settings, "rows": rows}, indent=1) + "\n")
+    draft = path.with_name(f".{path.name}.tmp")
+    draft.write_text(json.dumps({"environment": environment(), "settings": settings, "rows": rows}, indent=1) + "\n")
+    draft.replace(path)
 
 
 class Results:
