@@ -13,11 +13,14 @@ same; everything is computed in float32 whatever autocast says; alignment is the
 code's mean); the compression loss gets the target that the user set (there 0.4, whatever was asked for).
 """
 
+import math
+
 import torch
 from torch import Tensor
 
 
 _TINY = 1e-20  # inside both logarithms, as released: uniform numbers of exactly 0 and 1 give finite noise
+EVEN = math.log(math.log(2))  # logit of a rank that is as likely kept as not, -0.3665
 _LARGEST = 20.0  # logit from which on a rank is kept with probability 1; the exponential overflows at 89
 
 
@@ -85,7 +88,7 @@ def gumbel_mask(logits: Tensor, uniform: Tensor, tau: float) -> tuple[Tensor, Te
 def keep_probability(logits: Tensor) -> Tensor:
     """Probability that `gumbel_mask` keeps a rank, 1 - exp(-exp(logit)), whatever the temperature; differentiable.
 
-    One half at the logit ln(ln 2) = -0.3665.
+    One half at the logit `EVEN`, ln(ln 2) = -0.3665.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     return -torch.expm1(-torch.exp(logits.clamp(max=_LARGEST)))

@@ -180,6 +180,7 @@ def test_modules_of_different_rank_share_one_network() -> None:
     ("settings", "message"),
     [
         ({"hypernetwork": "own"}, "`hypernetwork='own'` must be 'shared' or 'per_layer'"),
+        ({"hypernetwork": "per_layer", "start": "spectral"}, "`start='spectral'` needs a bias for each rank"),
         ({"mask_bias": float("nan")}, "`mask_bias=nan` must be a number that is finite"),
         ({"alignment_weight": -1.0}, "`alignment_weight=-1.0` must be a number of 0 or more"),
     ],

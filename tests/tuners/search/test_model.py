@@ -259,6 +259,24 @@ def test_several_ratios_from_one_search(method: str, llama: TinyModel, tmp_path:
 
 
 @both_methods
+def test_a_spectral_start_is_the_spectral_allocation(method: str, llama: TinyModel) -> None:
+    """Before the first step, from which the search goes on at its target."""
+    common = {"decomposition": "whitening", "target_modules": list(llama.target_modules), "rank_multiple": 1}
+    batches = [llama.make_batch(8, seed=9)]
+    settings = LowRankConfig(ratio=0.7, allocation="spectral", **common)
+    settings.statistics = calibrate(llama.make_model(), batches, config=settings, progress=False)
+    fixed = get_peft_model(llama.make_model(), settings)
+    model = searched(method, llama, decomposition="whitening", statistics=settings.statistics, start="spectral")
+    if method == "ars":  # whose features add a little
+        nn.init.zeros_(model.base_model._hypernetwork("default").layer_norm.weight)
+        nn.init.zeros_(model.base_model._hypernetwork("default").layer_norm.bias)
+    assert get_rank_pattern(model) == get_rank_pattern(fixed)
+    torch.testing.assert_close(outputs(model, llama), outputs(fixed, llama), rtol=0, atol=1e-4)
+    search(model, llama, optimizer(model, method), 2)
+    assert model.base_model.rank_summary()["search/expected_ratio"] < 0.9
+
+
+@both_methods
 def test_the_ratio_of_the_whole_model(method: str, llama: TinyModel) -> None:
     total = sum(p.numel() for p in llama.make_model().parameters())
     model = after(method, llama, target_ratio=0.9, ratio_scope="model")
@@ -395,6 +413,7 @@ def test_the_fit_of_all_ranks_is_the_weight(llama: TinyModel) -> None:
         ({"target_ratio": [0.9, 0.9]}, "list of different numbers"),
         ({"decomposition": "em"}, "`decomposition='em'` has no singular values"),
         ({"decomposition": "whitening"}, "`statistics` is None"),
+        ({"start": "uniform"}, "`start='uniform'` must be 'full' or 'spectral'"),
         ({"tau": 0.0}, "`tau=0.0` must be a number above 0"),
         ({"patience": 0}, "`patience=0` must be an integer of 1 or more"),
         ({"offload_dense": True}, "`offload_dense=True` is for fixed ranks"),

@@ -63,5 +63,9 @@ class AdaptiveRankSVDConfig(RankSearchConfig):
         super().__post_init__()
         if self.hypernetwork not in ("shared", "per_layer"):
             raise ValueError(f"`hypernetwork={self.hypernetwork!r}` must be 'shared' or 'per_layer'.")
+        if self.hypernetwork == "per_layer" and self.start == "spectral":
+            raise ValueError(
+                "`start='spectral'` needs a bias for each rank, which `hypernetwork='per_layer'` does not have. Use 'shared'."
+            )
         check_number("mask_bias", self.mask_bias, lambda value: True, "that is finite")
         check_number("alignment_weight", self.alignment_weight, lambda value: value >= 0, "of 0 or more")

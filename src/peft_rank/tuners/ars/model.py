@@ -107,6 +107,11 @@ class AdaptiveRankSVDModel(RankSearchModel):
             rows = apply_heads(self._hypernetwork(adapter_name)(), heads)
         return pad_rows(rows, float("-inf")) + config.mask_bias
 
+    def _set_logits(self, adapter_name: str, starts: list[Tensor]) -> None:
+        # what the features add to them is small at first
+        for head, start in zip(self._heads(adapter_name), starts, strict=True):
+            head.bias.copy_(start - self.peft_config[adapter_name].mask_bias)
+
     def regularizer(self, adapter_name: str, logits: Tensor, hard: Tensor) -> Tensor:
         """lambda R(parameters of the mask, target) + gamma R_align, equation 8 of ARS, with the parameters of a module
         capped at those of its weight."""

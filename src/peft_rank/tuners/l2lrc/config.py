@@ -42,7 +42,7 @@ class L2LRCConfig(RankSearchConfig):
     init_logits: tuple[float, float] = field(
         default=(6.0, 3.0),
         metadata={
-            "help": "Logits of the first and the last rank of every module at the start, evenly spaced between."
+            "help": "Logits of the first and the last rank of every module at a full start, evenly spaced between."
         },
     )
     distillation_weight: float = field(
@@ -52,11 +52,12 @@ class L2LRCConfig(RankSearchConfig):
             "each training step. 0: without."
         },
     )
-    pretraining_weight: float = field(
-        default=1.0,
+    pretraining_weight: float | None = field(
+        default=None,
         metadata={
             "help": "Weight of the model's own loss, through which it is scaled in the backward pass only; the loss that "
-            "is reported stays as it is. 0: distillation alone. Without distillation it must be 1."
+            "is reported stays as it is. 0: distillation alone, the default, because the gradient of the model's own loss "
+            "is mostly noise of the batch. Without distillation it must be 1, and is."
         },
     )
     total_variation_weight: float = field(
@@ -87,6 +88,8 @@ class L2LRCConfig(RankSearchConfig):
             )
         for value in self.init_logits:
             check_number("init_logits", value, lambda value: True, "that is finite")
+        if self.pretraining_weight is None:
+            self.pretraining_weight = 0.0 if self.distillation_weight else 1.0
         for name in ("distillation_weight", "pretraining_weight", "total_variation_weight"):
             check_number(name, getattr(self, name), lambda value: value >= 0, "of 0 or more")
         if self.distillation_weight == 0 and self.pretraining_weight != 1:

@@ -112,8 +112,14 @@ class L2LRCModel(RankSearchModel):
     def mask_logits(self, adapter_name: str) -> Tensor:
         return pad_rows([logits.float() for logits in self.mask_parameters(adapter_name)], float("-inf"))
 
+    def _set_logits(self, adapter_name: str, starts: list[Tensor]) -> None:
+        for logits, start in zip(self.mask_parameters(adapter_name), starts, strict=True):
+            logits.copy_(start)
+
     def annealed_target(self, config: L2LRCConfig, state: SearchState) -> float:
-        """From 1 to the target, in equal steps."""
+        """From 1 to the target, in equal steps; the target itself where the search starts there."""
+        if config.start == "spectral":
+            return state.target
         steps = config.anneal_steps
         if steps is None:
             steps = round(config.anneal_ratio * (state.total_steps or 0))
@@ -122,7 +128,8 @@ class L2LRCModel(RankSearchModel):
 
     def _check_schedule(self, name: str) -> None:
         config, state = self.peft_config[name], self._states[name]
-        if config.anneal_steps is None and config.anneal_ratio > 0 and state.total_steps is None:
+        anneals = config.start == "full" and config.anneal_steps is None and config.anneal_ratio > 0
+        if anneals and state.total_steps is None:
             raise RuntimeError(
                 f"`anneal_ratio={config.anneal_ratio}` is a fraction of the training, whose length is not known. Add "
                 "`RankAllocationCallback()` to the Trainer, call `resolve_schedule(total_steps)` before the first step, or "

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 from peft_rank.decomposition import ITERATIVE
 
@@ -25,6 +26,13 @@ class RankSearchConfig(CompressionConfig):
         metadata={
             "help": "Kept parameters / dense parameters, in (0, 1], counted as `ratio_scope` says; never exceeded. A list "
             "is searched from its largest to its smallest, with a snapshot as each is reached."
+        },
+    )
+    start: Literal["full", "spectral"] = field(
+        default="full",
+        metadata={
+            "help": "'full': with all ranks. 'spectral': with those that spectra alone choose for the largest target, as "
+            "`allocation='spectral'` of `LowRankConfig` does, for the search to improve on; it then needs fewer steps."
         },
     )
     tau: float = field(
@@ -85,6 +93,8 @@ class RankSearchConfig(CompressionConfig):
             check_number("target_ratio", ratio, lambda value: 0 < value <= 1, "in (0, 1]: kept / dense parameters")
         if not ratios or len(set(ratios)) < len(ratios):
             raise ValueError(f"`target_ratio={self.target_ratio!r}` must be a number or a list of different numbers.")
+        if self.start not in ("full", "spectral"):
+            raise ValueError(f"`start={self.start!r}` must be 'full' or 'spectral'.")
         check_number("tau", self.tau, lambda value: value > 0, "above 0")
         check_number("compression_weight", self.compression_weight, lambda value: value >= 0, "of 0 or more")
         check_number("tolerance", self.tolerance, lambda value: 0 <= value < 1, "in [0, 1)")

@@ -91,6 +91,14 @@ class RankSearchModel(RankSearchTraining):
             for layer in self.searching_layers(adapter_name).values():
                 layer.select_all = self._select_ranks
             self._after_injection(self.peft_config[adapter_name], adapter_name)
+            values = [layer.factors.values for layer in self.searching_layers(adapter_name).values()]
+            if config.start == "spectral" and not config.factors_saved and not values[0].is_meta:
+                with torch.no_grad():
+                    self._set_logits(adapter_name, state.spectral_start(values))
+
+    @abstractmethod
+    def _set_logits(self, adapter_name: str, starts: list[Tensor]) -> None:
+        """Let the logits of the modules start at (k,) tensors."""
 
     def _after_injection(self, config: RankSearchConfig, adapter_name: str) -> None:
         """Make what the layers share."""

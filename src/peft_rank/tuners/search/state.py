@@ -12,11 +12,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ...allocation.masks import keep_probability, straight_through
-from ...allocation.parameters import parameter_budget, repair_ranks
+from ...allocation.masks import EVEN, keep_probability, straight_through
+from ...allocation.parameters import parameter_budget, repair_ranks, spectral_ranks
 from ..salientlora.allocator import read_state
 from .config import RankSearchConfig
 
+
+_RANGE = 5.0  # of logits at a spectral start: beyond, masks hardly ever change
+_SURE = 2.0  # by how much the last rank of a dense module is above the border then: kept with probability 0.99
 
 Selection = list[Tensor | None]
 """Of every module the ranks that it keeps, (r,) int64 in increasing order, or None where it stays dense."""
@@ -113,6 +116,23 @@ class SearchState:
     def likely(self, logits: Tensor) -> Tensor:
         """(modules,) ranks whose keep probability exceeds one half, for logits (modules, K)."""
         return (keep_probability(logits) > 0.5).sum(dim=1).to(logits.dtype)
+
+    def spectral_start(self, spectra: Sequence[Tensor]) -> list[Tensor]:
+        """
+        Logits that keep what spectra alone would keep for the largest target: the logarithm of what a rank adds to the
+        output, beside the last one that is kept and the first that is not. A module that stays dense keeps all.
+
+        Args:
+            spectra (`Sequence[Tensor]`): Singular values of every module, (k,).
+        """
+        scaled = [values.double().cpu() / values.double().cpu().norm().clamp(min=1e-300) for values in spectra]
+        ranks = spectral_ranks(scaled, self.shapes, self.budgets[self.config.ratios[0]], rank_multiple=self.multiples)
+        starts = []
+        for values, rank in zip(scaled, ranks, strict=True):
+            worth = values.square().clamp(min=1e-30).log()
+            border = worth[-1] - _SURE if rank is None else (worth[rank - 1] + worth[rank]) / 2
+            starts.append((worth - border).clamp(-_RANGE, _RANGE).float() + EVEN)
+        return starts
 
     @torch.no_grad()
     def choose(self, logits: Tensor, target: float) -> Selection:
