@@ -39,13 +39,13 @@ from tokenizers import ByteLevelBPETokenizer, Tokenizer
 
 RUNS = [
     "full-bf16",
+    "fixed-bf16",
     "inrank0.9-bf16",
     "inrank0.8-bf16",
-    "fixed-bf16",
-    "full-fp32",
-    "inrank0.9-fp32",
-    "full-fp16",
-    "inrank0.9-fp16",
+    "inrank0.9-bf16@buffer=48",
+    "inrank0.9-bf16@init_scale=1",
+    "full-bf16@lr=2e-3",
+    "inrank0.9-bf16@lr=2e-3",
 ]
 ENDINGS = {".py", ".rst", ".md", ".txt"}
 HELD_OUT = 20  # without --validation, one text in so many is held out, or the last part of a single one
@@ -191,7 +191,8 @@ class Training:
     def batch(self) -> torch.Tensor:
         length = self.args.context + 1
         starts = torch.randint(len(self.train) - length, (self.args.batch, 1), generator=self.generator)
-        return self.train[(starts + torch.arange(length)).to(DEVICE)]
+        # a few bytes, so that the host need not wait
+        return self.train[starts.to(DEVICE) + torch.arange(length, device=DEVICE)]
 
     def learning_rate(self) -> float:
         """Linear warm-up, then a cosine to a tenth."""
@@ -331,7 +332,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--output", type=Path, default=RESULTS / "pretraining_quality.jsonl")
     add("--work", type=Path, default=RESULTS.parents[1] / "outputs" / "pretraining", help="kept between commands")
     add("--runs", nargs="+", default=RUNS, metavar="RUN")
-    add("--parallel", type=int, default=4, help="runs at a time")
+    add("--parallel", type=int, default=8, help="runs at a time")
     add("--seconds", type=float, default=1e9, help="of this command, tokenizing included")
     add("--steps", type=int, default=12_000)
     add("--eval-steps", type=int, default=500)
@@ -346,7 +347,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--warmup", type=int, default=500, help="steps of the learning rate's warm-up")
     add("--seed", type=int, default=0)
     add("--targets", default="mlp", choices=list(TARGETS))
-    add("--init-scale", type=float, default=1.0, help="start of products, as multiples of GPT-2's")
+    add("--init-scale", type=float, default=2.0, help="start of the targeted weights, as multiples of GPT-2's")
     add("--fixed-rank", type=int, default=128)
     add("--buffer", type=int, default=128)
     add("--max-rank", type=int, default=152, help="largest width with InRank; 40 %% of the default model's ranks")

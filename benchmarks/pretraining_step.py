@@ -120,7 +120,7 @@ def run(args: argparse.Namespace, shape: str, targets: str, method: str, compile
 
 def main() -> None:
     parser = argument_parser(__doc__, "pretraining_step")
-    parser.add_argument("--shapes", nargs="+", default=["small", "medium"], choices=list(SHAPES))
+    parser.add_argument("--shapes", nargs="+", default=["medium", "small"], choices=list(SHAPES))
     parser.add_argument("--targets", nargs="+", default=["mlp", "all"], choices=list(TARGETS))
     parser.add_argument("--methods", nargs="+", default=METHODS, choices=METHODS)
     parser.add_argument("--compile", nargs="+", default=["no", "yes"], choices=["no", "yes"])
@@ -131,7 +131,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_float32_matmul_precision("high")
     deadline, rows = Deadline(args.seconds), []
-    for shape, compiled, targets in itertools.product(args.shapes, args.compile, args.targets):
+    for compiled, shape, targets in itertools.product(args.compile, args.shapes, args.targets):
         for method in args.methods:
             if method == "full" and targets != args.targets[0]:
                 continue  # the same model

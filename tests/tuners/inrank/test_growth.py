@@ -432,6 +432,8 @@ def test_plans() -> None:
     assert "ranks fixed from step 20 of 40 on" in plan
     with pytest.raises(ValueError, match="No check fits in between `warmup_steps=1`"):
         model.base_model.resolve_schedule(2)
+    with pytest.raises(ValueError, match="`total_steps=0` must be at least 1"):
+        model.base_model.resolve_schedule(0)
     ratio = adapted(LLAMA, growth_ratio=0.3)
     with pytest.raises(RuntimeError, match="`resolve_schedule` was not called.*growth_ratio=0.3"):
         ratio.base_model.update_and_allocate(1)

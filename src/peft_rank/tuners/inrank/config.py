@@ -182,8 +182,10 @@ class InRankConfig(AdaptedModulesConfig):
         Raises:
             ValueError: If no check fits in before, or the training is too short or of unknown length.
         """
-        if total_steps is not None:
-            check_int("total_steps", total_steps, 1)
+        if total_steps is not None and total_steps < 1:
+            raise ValueError(
+                f"`total_steps={total_steps}` must be at least 1: it counts the training's optimizer steps."
+            )
         ratio = self.growth_ratio
         if self.growth_steps is not None:
             end = self.growth_steps

@@ -251,22 +251,22 @@ class InRankFactors(InRankLinear):
     @torch.no_grad()
     def reset_parameters(self, adapter_name: str, init_weights: bool) -> None:
         """
-        A normal start for the product: its entries have the deviation s of the weight that it replaces, times `init_scale`
-        (so that whatever the model does for its residual branches is kept), the factors are normal and balanced,
-        ||A|| = ||B||.
+        An orthogonal start for the product: its entries have the deviation s of the weight that it replaces, times
+        `init_scale` (so that whatever the model does for its residual branches is kept), and all of its w directions have
+        the same singular value, sigma = s sqrt(in out / w), which A and B share: A A^T = B^T B = sigma I.
 
-        w a^2 b^2 = s^2 for the deviations a and b of A and B, and in * a^2 = out * b^2. The released code draws both
-        uniformly (variances 1 / (3 in) and 1 / (3 max_r)), whatever the model's own initialisation. A weight of zeros
-        starts as LoRA does.
+        So no rank starts smaller than another, as in the paper's theory, which starts orthogonal; normal factors of
+        the same size learn later. The released code draws both uniformly (variances 1 / (3 in) and 1 / (3 max_r)),
+        whatever the model's own initialisation. A weight of zeros starts as LoRA does.
         """
         A, B = self.inrank_A[adapter_name], self.inrank_B[adapter_name]
         if self._deviation == 0:
             super().reset_parameters(adapter_name, init_weights=True)
         elif A.device.type != "meta" and A.shape[0] > 0:
-            product = self._deviation / math.sqrt(A.shape[0])  # a * b
-            balance = math.sqrt(self.out_features / self.in_features)  # a / b
-            nn.init.normal_(A, std=math.sqrt(product * balance))
-            nn.init.normal_(B, std=math.sqrt(product / balance))
+            sigma = self._deviation * math.sqrt(self.in_features * self.out_features / A.shape[0])
+            for factor in (A, B):
+                exact = torch.empty_like(factor, dtype=torch.promote_types(factor.dtype, torch.float32))
+                factor.copy_(nn.init.orthogonal_(exact, gain=math.sqrt(sigma)))
 
     def get_base_weight(self) -> Tensor:
         if self.merged:
