@@ -35,6 +35,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from peft_rank import CalibrationStatistics, LowRankConfig, calibrate
 from peft_rank.allocation.parameters import parameter_budget, parameters, spectral_ranks, uniform_ranks
 from peft_rank.calibration.statistics import statistic_for
+from peft_rank.calibration.texts import CHARACTERS
 from peft_rank.decomposition import ITERATIVE, STATISTIC, Factors, decompose, weighted_spectrum
 from peft_rank.decomposition.parallel import in_parallel
 from peft_rank.tuners.lowrank import LowRankLinear
@@ -60,7 +61,7 @@ def read_text(split: str, data: Path | None) -> str:
 
 def windows(tokenizer: Any, text: str, tokens: int, context: int) -> Tensor:
     """(windows, context) token ids of the beginning of a text."""
-    ids = tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids[0]
+    ids = tokenizer(text[: tokens * CHARACTERS], add_special_tokens=False, return_tensors="pt").input_ids[0]
     count = min(tokens, len(ids)) // context
     return ids[: count * context].view(count, context)
 
