@@ -6,7 +6,7 @@
 
 Products of about a third of the ranks (what the paper finds) in the place of the MLP's linears, as in the paper, or of
 all linears; InRank is measured while it grows (rank and buffer) and after `finalize`. bfloat16 autocast, fused AdamW.
-Needs one GPU of 80 GB with the default batch.
+Needs one GPU of 80 GB with the default batch. What --output holds already is not measured again.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from _common import Deadline, argument_parser, store, synchronize
+from _common import Deadline, Results, argument_parser, synchronize
 from _pretraining import DEVICE, PRECISIONS, TARGETS, Shape, adamw, autocast, gpt2, with_factors
 
 
@@ -33,6 +33,7 @@ SHAPES = {
 RANKS = {"small": 256, "medium": 320, "tiny": 16}
 BUFFER = 100
 METHODS = ["full", "fixed", "growing", "finalized"]
+KEY = ("shape", "targets", "method", "compiled")
 
 
 class Step:
@@ -114,11 +115,10 @@ def run(args: argparse.Namespace, shape: str, targets: str, method: str, compile
     gc.collect()
     if DEVICE == "cuda":
         torch.cuda.empty_cache()
-    print(row, flush=True)
     return row
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
     parser = argument_parser(__doc__, "pretraining_step")
     parser.add_argument("--shapes", nargs="+", default=["medium", "small"], choices=list(SHAPES))
     parser.add_argument("--targets", nargs="+", default=["mlp", "all"], choices=list(TARGETS))
@@ -128,18 +128,20 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=16, help="sequences a step, each as long as the context")
     parser.add_argument("--steps", type=int, default=20, help="steps that are timed")
     parser.add_argument("--seconds", type=float, default=1e9, help="stop after the measurement that passes this")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_float32_matmul_precision("high")
-    deadline, rows = Deadline(args.seconds), []
+    deadline = Deadline(args.seconds)
+    settings = {name: vars(args)[name] for name in ("batch", "precision", "steps")}
+    results = Results(args.output, KEY, **settings, buffer=BUFFER)
     for compiled, shape, targets in itertools.product(args.compile, args.shapes, args.targets):
         for method in args.methods:
-            if method == "full" and targets != args.targets[0]:
-                continue  # the same model
+            cell = {"shape": shape, "targets": targets, "method": method, "compiled": compiled == "yes"}
+            if results.find(cell) or method == "full" and targets != args.targets[0]:
+                continue  # of full rank, other targets are the same model
             if deadline.left() < 0:
                 print("out of time", flush=True)
                 return
-            rows.append(run(args, shape, targets, method, compiled == "yes"))
-            store(args.output, rows, batch=args.batch, precision=args.precision, steps=args.steps, buffer=BUFFER)
+            results.add(run(args, shape, targets, method, compiled == "yes"))
 
 
 if __name__ == "__main__":

@@ -142,3 +142,21 @@ def test_tables_and_picture(quality: ModuleType, args: Namespace, tmp_path: Path
     assert inrank["steps"] == 12 and inrank["ranks"] == f"{100 * ends[inrank['run']]['rank_share']:.1f} %"
     ratio = ends["inrank0.9-fp32@lr=3e-3"]["perplexity"] / ends["full-fp32"]["perplexity"]
     assert inrank["over full rank"] == f"{100 * (ratio - 1):+.1f} %"
+
+
+def test_steps_are_measured_once(quality: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    speed, output = importlib.import_module("pretraining_step"), tmp_path / "steps.json"
+    flags = ["--shapes", "tiny", "--targets", "mlp", "--batch", "2", "--steps", "2", "--compile", "no"]
+    flags += ["--output", str(output)]
+    speed.main([*flags, "--methods", "full", "finalized"])
+    rows = json.loads(output.read_text())["rows"]
+    assert [row["method"] for row in rows] == ["full", "finalized"]
+    assert all(row["ms"] > 0 and row["tokens_per_second"] > 0 for row in rows)
+    assert rows[1]["parameters"] < rows[0]["parameters"]
+    measured, run = [], speed.run
+    monkeypatch.setattr(speed, "run", lambda *args: measured.append(args[3]) or run(*args))
+    speed.main([*flags, "--methods", "full", "growing", "finalized"])
+    assert measured == ["growing"]
+    assert json.loads(output.read_text())["rows"][:2] == rows
+    speed.main([*flags, "--methods", "fixed", "--seconds", "-1"])
+    assert measured == ["growing"]
