@@ -7,9 +7,11 @@ Compresses the decoder's linears by whitening, with one set of statistics and on
 are calibrated on is what the searches draw their batches from. Measures perplexity on the first tokens of the test text,
 zero-shot accuracy by length-normalised likelihood, the time of the search, and both again after healing: some steps of
 plain training of the factors on the same text. Ranks are multiples of 8. Fixed ranks depend on no seed, their healing
-does. Weights are in float32, searches and healing under bfloat16 autocast on a GPU.
+does. Weights are in float32, searches and healing under bfloat16 autocast on a GPU. Searches start at the spectral budget;
+their learning rate falls to a twentieth in the second half.
 
-Every result is stored as soon as it is there; with --resume what is in the file is not measured again.
+Every result is stored as soon as it is there; with --resume what is in the file is not measured again. With --seconds no
+result is begun that would take longer than what is left, judged by those before it.
 """
 
 from __future__ import annotations
@@ -20,6 +22,7 @@ import gzip
 import itertools
 import json
 import math
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -45,6 +48,7 @@ from peft_rank import (
 METHODS = ("uniform", "spectral", "ars", "l2lrc")
 TASKS = {"arc_easy": "test", "piqa": "validation", "hellaswag": "validation", "openbookqa": "test"}
 RANK_MULTIPLE = 8
+ESTIMATED_AFTER = 20  # steps
 SEARCH = {"ars": AdaptiveRankSVDConfig, "l2lrc": L2LRCConfig}
 
 
@@ -168,7 +172,8 @@ class Study:
     def _search(self, model: nn.Module, method: str, ratio: float, seed: int) -> tuple[nn.Module, dict[str, Any]]:
         args = self.args
         torch.manual_seed(seed)
-        config = SEARCH[method](target_ratio=ratio, seed=seed, **self.settings(), **getattr(args, f"{method}_config"))
+        own = {"target_ratio": ratio, "seed": seed, "factor_cache": str(args.factor_cache)}
+        config = SEARCH[method](**own, **self.settings(), **getattr(args, f"{method}_config"))
         model = get_peft_model(model, config).train()
         tuner = model.base_model
         tuner.resolve_schedule(args.steps)
@@ -177,6 +182,8 @@ class Study:
         optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
         deadline, step = Deadline(args.search_seconds), 0
         for step, batch in enumerate(self.batches(seed, args.steps), start=1):
+            for group in optimizer.param_groups:
+                group["lr"] = rate * min(1.0, 2 * (1 - step / args.steps) + 0.05)
             with self.autocast():
                 loss = model(**batch).loss
             loss.backward()
@@ -184,6 +191,13 @@ class Study:
             optimizer.step()
             tuner.update_and_allocate(step, optimizer)
             optimizer.zero_grad()
+            if step == ESTIMATED_AFTER:
+                synchronize()
+                each = (args.search_seconds - deadline.left()) / step
+                print(
+                    f"{method} {ratio} seed {seed}: {each:.3f} s a step, {each * args.steps:.0f} s expected",
+                    flush=True,
+                )
             if step % args.log_every == 0:
                 told = {key: round(value, 4) for key, value in tuner.rank_summary().items()}
                 print(f"{method} {ratio} seed {seed} step {step}: loss {loss.item():.3f}", told, flush=True)
@@ -223,7 +237,7 @@ class Study:
 
 def measure(study: Study, done: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """A row for the dense model, and one for each method, ratio and seed."""
-    args, deadline = study.args, Deadline(study.args.seconds)
+    args, deadline, longest = study.args, Deadline(study.args.seconds), {}
     known = {(row["method"], row.get("ratio"), row.get("seed")) for row in done if "error" not in row}
     if ("dense", None, None) not in known:
         yield {"method": "dense", **study.quality(study.model)}
@@ -232,15 +246,17 @@ def measure(study: Study, done: list[dict[str, Any]]) -> Iterator[dict[str, Any]
         row: dict[str, Any] = {"method": method, "ratio": ratio, "seed": seed}
         if (method, ratio, seed) in known:
             continue
-        if deadline.left() <= 0:
+        if deadline.left() <= longest.get(method in SEARCH, 0.0):
             yield row | {"error": "out of time"}
             continue
+        begun = deadline.left()
         model, told = study.compress(method, ratio, seed)
         row |= told | study.quality(model)
         if args.heal_steps:
             start = time.perf_counter()
             study.heal(model, seed)
             row["healed"] = study.quality(model) | {"seconds": round(time.perf_counter() - start, 1)}
+        longest[method in SEARCH] = max(longest.get(method in SEARCH, 0.0), begun - deadline.left())
         yield row
 
 
@@ -258,8 +274,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=1000, help="of a search")
     parser.add_argument("--ars-lr", type=float, default=1e-3)
     parser.add_argument("--l2lrc-lr", type=float, default=5e-2)
-    parser.add_argument("--ars-config", type=json.loads, default={}, help="further fields, as JSON")
-    parser.add_argument("--l2lrc-config", type=json.loads, default={}, help="further fields, as JSON")
+    spectral = {"start": "spectral"}
+    parser.add_argument("--ars-config", type=json.loads, default=spectral, help="further fields, as JSON")
+    parser.add_argument("--l2lrc-config", type=json.loads, default=spectral, help="further fields, as JSON")
+    cache = Path(tempfile.gettempdir(), "learned_ranks")
+    parser.add_argument(
+        "--factor-cache", type=Path, default=cache, help="folder for decomposed weights, 1 GB for this model"
+    )
     parser.add_argument("--heal-steps", type=int, default=300, help="0: no healing")
     parser.add_argument("--heal-lr", type=float, default=1e-4)
     parser.add_argument("--tasks", nargs="*", default=list(TASKS), choices=list(TASKS))
@@ -274,7 +295,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     torch.set_float32_matmul_precision("highest")
-    left_out = ("output", "data", "resume", "seconds", "log_every")
+    left_out = ("output", "data", "resume", "seconds", "log_every", "factor_cache")
     settings = {key: value for key, value in vars(args).items() if key not in left_out}
     settings["model"] = Path(args.model).name
     rows: list[dict[str, Any]] = []

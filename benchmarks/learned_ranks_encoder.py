@@ -9,7 +9,8 @@ IWSVD, at the same part of every weight and at the ranks that ARS learns on 4,00
 trained again. Ranks may have any value, embeddings stay as they are throughout, statistics are of the first rows of the
 training set. The ratio counts the encoder's linears.
 
-Every result is stored as soon as it is there; trainings share one GPU.
+Every result is stored as soon as it is there; trainings share one GPU. With --resume what is in the file is not compressed
+again; the dense classifiers are.
 """
 
 from __future__ import annotations
@@ -95,8 +96,13 @@ class Compression:
         print(f"{data.name} seed {self.seed} after {len(steps)} steps: loss {loss.item():.3f}", told, flush=True)
 
 
-def study(seed: int, data: dict[str, Data], args: argparse.Namespace) -> Iterator[dict[str, Any]]:
-    """Rows of one seed: the dense models, then every compressed one, which is yielded once more when it is trained."""
+def identity(row: dict[str, Any]) -> str:
+    return json.dumps([row[key] for key in ("task", "seed", "decomposition", "ranks", "ratio")])
+
+
+def study(seed: int, data: dict[str, Data], args: argparse.Namespace, known: set[str]) -> Iterator[dict[str, Any]]:
+    """Rows of one seed that are not known: the dense models, then every compressed one, which is yielded once more when it
+    is trained."""
     deadline = Deadline(args.seconds)
 
     def dense(name: str) -> Training:
@@ -122,6 +128,8 @@ def study(seed: int, data: dict[str, Data], args: argparse.Namespace) -> Iterato
         for decomposition, ranks in itertools.product(args.decompositions, RANKS):
             task = compression.data
             row = {"task": task.name, "seed": seed, "decomposition": decomposition, "ranks": ranks, "ratio": ratio}
+            if identity(row) in known:
+                continue
             if deadline.left() <= 0:
                 yield row | {"error": "out of time"}
                 continue
@@ -151,6 +159,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--search-steps", type=int, default=1000, help="at the most")
     parser.add_argument("--streams", type=int, default=6, help="trainings at a time on one GPU")
     parser.add_argument("--seconds", type=float, default=1500, help="of a seed; what is missing then is stored so")
+    parser.add_argument("--resume", action="store_true", help="keep what the result file holds, and go on")
     return parser.parse_args(argv)
 
 
@@ -159,13 +168,15 @@ def main(argv: list[str] | None = None) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     data = {name: Data(name, args.data, tokenizer, device) for name in args.tasks}
-    settings = {key: value for key, value in vars(args).items() if key not in ("output", "data", "seconds")}
+    settings = {key: value for key, value in vars(args).items() if key not in ("output", "data", "seconds", "resume")}
     settings["model"] = Path(args.model).name
     rows: dict[str, dict[str, Any]] = {}
+    if args.resume and args.output.is_file():
+        rows = {identity(row): row for row in json.loads(args.output.read_text())["rows"] if "after" in row}
+    finished = set(rows)
     for seed in args.seeds:
-        for row in study(seed, data, args):
-            keys = ("task", "seed", "decomposition", "ranks", "ratio")
-            rows[json.dumps([row[key] for key in keys])] = row
+        for row in study(seed, data, args, finished):
+            rows[identity(row)] = row
             print(row, flush=True)
             store(args.output, list(rows.values()), **settings)
 

@@ -90,12 +90,12 @@ def make_late(tuner: Any, part: float) -> None:
     for layer in tuner.adapter_layers("default").values():
         k = min(layer.shape)
         logits = torch.where(torch.arange(k) < part * k, 6.0, -12.0)
-        for value in (getattr(layer, name)["default"] for name in layer.adapter_layer_names):
-            if isinstance(value, nn.Parameter):
-                value.copy_(logits)
-            else:
-                value.weight.zero_()
-                value.bias.copy_(logits - tuner.peft_config["default"].mask_bias)
+        value = getattr(layer, layer.adapter_layer_names[0])["default"]
+        if isinstance(value, nn.Parameter):
+            value.copy_(logits)
+        else:
+            value.weight.zero_()
+            value.bias.copy_(logits - tuner.peft_config["default"].mask_bias)
 
 
 def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -69,6 +69,8 @@ def _arguments(files: Path, *more: str) -> list[str]:
         str(files / "data"),
         "--output",
         str(files / "learned_ranks.json"),
+        "--factor-cache",
+        str(files / "factors"),
     ]
     return [*where, *sizes, *rates, "--ratios", "0.7", *more]
 
