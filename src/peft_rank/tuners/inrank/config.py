@@ -129,7 +129,7 @@ class InRankConfig(AdaptedModulesConfig):
         default=1.0,
         metadata={
             "help": "With `from_scratch`, how many times as large as the weight that it replaces the product starts. Products "
-            "that start small learn slowly at first: 2 to 4 where the model's own deviation is far below 1 / sqrt(width)."
+            "that start small learn slowly at first: 2 where the model's own deviation is well below 1 / sqrt(width)."
         },
     )
 
