@@ -31,7 +31,7 @@ class RankSearchConfig(CompressionConfig):
     start: Literal["full", "spectral"] = field(
         default="full",
         metadata={
-            "help": "'full': with all ranks. 'spectral': with those that spectra alone choose for the largest target, as "
+            "help": "'full': with all ranks. 'spectral': with those that spectra alone choose for the target, as "
             "`allocation='spectral'` of `LowRankConfig` does, for the search to improve on; it then needs fewer steps."
         },
     )
@@ -95,6 +95,11 @@ class RankSearchConfig(CompressionConfig):
             raise ValueError(f"`target_ratio={self.target_ratio!r}` must be a number or a list of different numbers.")
         if self.start not in ("full", "spectral"):
             raise ValueError(f"`start={self.start!r}` must be 'full' or 'spectral'.")
+        if self.start == "spectral" and len(ratios) > 1:
+            raise ValueError(
+                f"`start='spectral'` begins at a target, so that the first of `target_ratio={self.target_ratio!r}` would be "
+                "reached before anything is learned. Give one ratio, or `start='full'`."
+            )
         check_number("tau", self.tau, lambda value: value > 0, "above 0")
         check_number("compression_weight", self.compression_weight, lambda value: value >= 0, "of 0 or more")
         check_number("tolerance", self.tolerance, lambda value: 0 <= value < 1, "in [0, 1)")

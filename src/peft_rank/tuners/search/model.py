@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ...calibration.targets import find_targets, linear, weight_of
 from ..additive import find_tuner
+from ..lowrank.final import entries_inside
 from ..lowrank.linear import LowRankLinear
 from ..lowrank.plan import (
     check_dense,
@@ -253,6 +254,7 @@ class RankSearchModel(RankSearchTraining):
         tuner = find_tuner(cls, model)
         if tuner is None:
             return entries
+        entries |= entries_inside(tuner._beside, model, state_dict)
         linears, state = tuner._linears(adapter_name), tuner._states.get(adapter_name)
         if adapter_name in tuner._compact:
             for name, _ in model.named_modules():

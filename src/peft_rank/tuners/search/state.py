@@ -119,7 +119,7 @@ class SearchState:
 
     def spectral_start(self, spectra: Sequence[Tensor]) -> list[Tensor]:
         """
-        Logits that keep what spectra alone would keep for the largest target: the logarithm of what a rank adds to the
+        Logits that keep what spectra alone would keep for the target: the logarithm of what a rank adds to the
         output, beside the last one that is kept and the first that is not. A module that stays dense keeps all.
 
         Args:

@@ -18,12 +18,10 @@ from transformers.trainer_pt_utils import get_model_param_count
 
 from ...allocation.masks import gumbel_mask, keep_probability, uniform_noise
 from ..adaptive import AdaptiveRankTuner, ShrinkPolicy, add_to_gradients, check_step
-from ..additive import find_tuner
 from ..lowrank.entry import record_compression
-from ..lowrank.final import entries_inside, settle_trained_modules
+from ..lowrank.final import settle_trained_modules
 from ..names import exact_pattern
 from ..salientlora.functional import AddToGradient
-from .config import RankSearchConfig
 from .functional import SharedGraph, StepMask, needed_rows
 from .layer import SearchLayer
 from .state import SearchState, Selection
@@ -321,20 +319,6 @@ class RankSearchTraining(AdaptiveRankTuner):
             del self.model.peft_config
         # and which `save_pretrained` writes completely
         record_compression(self.model, self.peft_config[name])
-
-    @classmethod
-    def _get_adapter_state_dict(
-        cls,
-        model: nn.Module,
-        config: RankSearchConfig,
-        adapter_name: str,
-        state_dict: dict[str, Tensor],
-        *args: Any,
-        **kwargs: Any,
-    ) -> dict[str, Tensor]:
-        entries = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, *args, **kwargs)
-        tuner = find_tuner(cls, model)
-        return entries if tuner is None else entries | entries_inside(tuner._beside, model, state_dict)
 
     def check_resumed(self, global_step: int, checkpoint: Path | None = None) -> None:
         for name in self._trained_adapters():
