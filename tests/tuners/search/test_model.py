@@ -414,6 +414,7 @@ def test_the_fit_of_all_ranks_is_the_weight(llama: TinyModel) -> None:
         ({"decomposition": "em"}, "`decomposition='em'` has no singular values"),
         ({"decomposition": "whitening"}, "`statistics` is None"),
         ({"start": "uniform"}, "`start='uniform'` must be 'full' or 'spectral'"),
+        ({"start": "spectral", "target_ratio": [0.9, 0.7]}, "would be reached before anything is learned"),
         ({"tau": 0.0}, "`tau=0.0` must be a number above 0"),
         ({"patience": 0}, "`patience=0` must be an integer of 1 or more"),
         ({"offload_dense": True}, "`offload_dense=True` is for fixed ranks"),
