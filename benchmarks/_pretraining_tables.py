@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -59,18 +60,25 @@ def evaluations(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def losses(runs: Runs) -> Cells:
-    """A line a run: its last evaluation, and the perplexity over that of full rank in the same precision and steps."""
-    last = {name: evaluations(rows)[-1] for name, rows in runs.items() if evaluations(rows)}
+    """A line a run: its last and its lowest evaluation, and both perplexities over those of full rank in the same
+    precision and steps."""
+    found = {name: evaluations(rows) for name, rows in runs.items() if evaluations(rows)}
     lines = []
-    for name, row in last.items():
-        full = last.get(f"full-{name.partition('@')[0].partition('-')[2]}")
-        ratio = row["perplexity"] / full["perplexity"] if full and full["step"] == row["step"] else None
-        lowest = min(row["validation_loss"] for row in evaluations(runs[name]))
-        share = f"{100 * row['rank_share']:.1f} %" if "rank_share" in row else ""
-        over = "" if ratio is None else f"{100 * (ratio - 1):+.1f} %"
-        figures = [f"{row['validation_loss']:.4f}", f"{row['perplexity']:.2f}", over, f"{lowest:.4f}", share]
-        lines.append([name, row["step"], *figures, f"{row['parameters']:,}", round(row["seconds"])])
-    columns = ["run", "steps", "loss", "perplexity", "over full rank", "lowest loss", "ranks", "parameters", "seconds"]
+    for name, rows in found.items():
+        full = found.get(f"full-{name.partition('@')[0].partition('-')[2]}")
+        comparable = full is not None and full[-1]["step"] == rows[-1]["step"]
+        cells: list[Any] = [name, rows[-1]["step"]]
+        for pick in (
+            lambda rows: rows[-1]["validation_loss"],
+            lambda rows: min(row["validation_loss"] for row in rows),
+        ):
+            over = f"{100 * math.expm1(pick(rows) - pick(full)):+.1f} %" if comparable else ""
+            cells += [f"{pick(rows):.4f}", f"{math.exp(pick(rows)):.2f}", over]
+        last = rows[-1]
+        cells.append(f"{100 * last['rank_share']:.1f} %" if "rank_share" in last else "")
+        lines.append([*cells, f"{last['parameters']:,}", round(last["seconds"])])
+    figures = ["loss", "perplexity", "over full rank"]
+    columns = ["run", "steps", *figures, *(f"lowest {figure}" for figure in figures), "ranks", "parameters", "seconds"]
     return columns, lines
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import time
 from argparse import Namespace
 from pathlib import Path
@@ -140,8 +141,13 @@ def test_tables_and_picture(quality: ModuleType, args: Namespace, tmp_path: Path
     assert full["run"] == "full-fp32" and full["over full rank"] == "+0.0 %" and full["ranks"] == ""
     ends = {row["run"]: row for row in lines(args.output) if row.get("event") == "end"}
     assert inrank["steps"] == 12 and inrank["ranks"] == f"{100 * ends[inrank['run']]['rank_share']:.1f} %"
-    ratio = ends["inrank0.9-fp32@lr=3e-3"]["perplexity"] / ends["full-fp32"]["perplexity"]
+    ratio = math.exp(ends[inrank["run"]]["validation_loss"]) / math.exp(ends["full-fp32"]["validation_loss"])
     assert inrank["over full rank"] == f"{100 * (ratio - 1):+.1f} %"
+    best = [
+        min(row["validation_loss"] for row in lines(args.output) if row.get("run") == run and "validation_loss" in row)
+        for run in ends
+    ]
+    assert {line["lowest loss"] for line in (full, inrank)} == {f"{loss:.4f}" for loss in best}
 
 
 def test_steps_are_measured_once(quality: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
