@@ -52,12 +52,11 @@ class L2LRCConfig(RankSearchConfig):
             "each training step. 0: without."
         },
     )
-    pretraining_weight: float | None = field(
-        default=None,
+    pretraining_weight: float = field(
+        default=1.0,
         metadata={
             "help": "Weight of the model's own loss, through which it is scaled in the backward pass only; the loss that "
-            "is reported stays as it is. 0: distillation alone, the default, because the gradient of the model's own loss "
-            "is mostly noise of the batch. Without distillation it must be 1, and is."
+            "is reported stays as it is. 0: distillation alone. Without distillation it must be 1."
         },
     )
     total_variation_weight: float = field(
@@ -88,8 +87,6 @@ class L2LRCConfig(RankSearchConfig):
             )
         for value in self.init_logits:
             check_number("init_logits", value, lambda value: True, "that is finite")
-        if self.pretraining_weight is None:
-            self.pretraining_weight = 0.0 if self.distillation_weight else 1.0
         for name in ("distillation_weight", "pretraining_weight", "total_variation_weight"):
             check_number(name, getattr(self, name), lambda value: value >= 0, "of 0 or more")
         if self.distillation_weight == 0 and self.pretraining_weight != 1:
