@@ -8,7 +8,7 @@ A run is named METHOD-PRECISION: `full`, `fixed` (a third of the ranks) or `inra
 fp16 (autocast; fp16 with a loss scale). What follows an @ overrides an argument for that run alone: `@init_scale=2@seed=1`.
 All runs see the same batches in the same order; --parallel of them share the device, each in a process of its own.
 Texts are plain or JSON lines with a field `text`, gzipped or not, or folders, which stand for all .py, .rst, .md and .txt
-files in them. The tokenizer is --tokenizer, or a byte-level BPE that is trained on the text.
+files in them but for installed packages. The tokenizer is --tokenizer, or a byte-level BPE that is trained on the text.
 
 Every evaluation and every check of ranks is a line of --output, from which `benchmarks/tables.py` makes tables and a
 picture. At --seconds every run says so and stops; the same command again goes on from what is kept in --work, as if
@@ -48,6 +48,7 @@ RUNS = [
     "inrank0.9-bf16@lr=2e-3",
 ]
 ENDINGS = {".py", ".rst", ".md", ".txt"}
+INSTALLED = {"site-packages", "dist-packages"}
 HELD_OUT = 20  # without --validation, one text in so many is held out, or the last part of a single one
 # arguments that may change from one command to the next, and those that all runs of a command share
 OUTER = {"runs", "parallel", "seconds", "output", "work"}
@@ -58,7 +59,9 @@ KEPT = ("model", "optimizer", "step", "losses", "decisions")
 def read_texts(path: Path) -> Iterator[str]:
     if path.is_dir():
         for file in sorted(file for file in path.rglob("*") if file.suffix in ENDINGS and file.is_file()):
-            yield file.read_text(encoding="utf-8", errors="ignore")
+            # the folder of Python's own library may hold everything that is installed
+            if not INSTALLED & set(file.relative_to(path).parts):
+                yield file.read_text(encoding="utf-8", errors="ignore")
         return
     opened = gzip.open if path.suffix == ".gz" else open
     with opened(path, "rt", encoding="utf-8") as file:

@@ -37,6 +37,8 @@ def args(quality: ModuleType, tmp_path: Path) -> Namespace:
         lines = (f"The {k}th line of {n} says {k * n}.\n" for k in range(20))
         (texts / f"{n}.txt").write_text("".join(lines))
     (texts / "left_out.json").write_text("no text")
+    (texts / "site-packages").mkdir()
+    (texts / "site-packages" / "left_out.py").write_text("no text")
     (tmp_path / "work").mkdir()
     flags = [
         *FLAGS.split(),
