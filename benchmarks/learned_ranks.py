@@ -271,7 +271,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--test-tokens", type=int, default=20_480)
     parser.add_argument("--train-tokens", type=int, default=1_048_576, help="of calibration, search and healing")
     parser.add_argument("--batch", type=int, default=8, help="windows in a step")
-    parser.add_argument("--steps", type=int, default=1000, help="of a search")
+    parser.add_argument("--steps", type=int, default=400, help="of a search")
     parser.add_argument("--ars-lr", type=float, default=1e-3)
     parser.add_argument("--l2lrc-lr", type=float, default=5e-2)
     spectral = {"start": "spectral"}

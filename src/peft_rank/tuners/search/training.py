@@ -92,7 +92,8 @@ class RankSearchTraining(AdaptiveRankTuner):
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
-        self._states.pop(adapter_name, None)
+        for kept in (self._states, self._graphs, self._spectra):
+            kept.pop(adapter_name, None)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         # with the hook that prepares the layers, which also serves `generate`; the base class goes around it
