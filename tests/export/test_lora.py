@@ -290,6 +290,10 @@ def test_other_methods_are_refused_with_the_way_out(config: PeftConfig, llama: T
     config.target_modules = ["q_proj"]
     with pytest.raises(TypeError, match=r"only SalientLoRA becomes plain LoRA exactly.*merge_and_unload"):
         export_lora(get_peft_model(llama.make_model(), config), tmp_path / "lora")
+    model = get_peft_model(llama.make_model(), LowRankConfig(rank=2, target_modules=["q_proj"]))
+    model.base_model.finalize()
+    with pytest.raises(TypeError, match=r"LowRankLinear.*save_compressed"):
+        export_lora(model, tmp_path / "lora")
     assert not (tmp_path / "lora").exists()
 
 

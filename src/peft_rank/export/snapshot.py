@@ -138,7 +138,7 @@ def read_model(model: nn.Module, adapter_name: str | None = None) -> AdapterSnap
         RuntimeError: If its parameters are sharded over processes.
     """
     model = bare_model(model)
-    others = {type(module).__name__ for module in model.modules() if isinstance(module, RankLayer)}
+    others = {type(module).__name__ for module in model.modules() if isinstance(module, (RankLayer, LowRankLinear))}
     if others and not any(isinstance(module, SalientLoRALayer) for module in model.modules()):
         raise TypeError(
             f"The model's adapter is made of {', '.join(sorted(others))}; only SalientLoRA becomes plain LoRA exactly. "
