@@ -21,7 +21,11 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def environment() -> dict[str, str]:
-    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{platform.processor() or platform.machine()} CPU"
+    device = (
+        torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"{platform.processor() or platform.machine()} CPU"
+    )
     packages = {name: version(name) for name in ("peft-rank", "peft", "transformers", "torch", "accelerate")}
     return {"device": device, "python": platform.python_version(), "date": str(datetime.date.today()), **packages}
 
