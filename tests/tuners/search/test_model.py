@@ -173,8 +173,28 @@ def test_transformers_loads_an_unfinished_search(
     model = after(method, llama, 4)
     model.save_pretrained(tmp_path)
     loaded = llama.make_model()
-    loaded.load_adapter(tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    report = loaded.load_adapter(tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert not report.missing_keys and not report.unexpected_keys
     assert torch.equal(outputs(loaded, llama), outputs(model, llama))
+    loaded.save_pretrained(tmp_path / "again")
+    again = PeftModel.from_pretrained(llama.make_model(), tmp_path / "again", is_trainable=True)
+    assert torch.equal(outputs(again, llama), outputs(model, llama))
+    states = [each.base_model._states["default"].pack() for each in (model, again)]
+    assert torch.equal(*states)
+    assert not [name for name, _ in again.named_buffers() if "state" in name]
+
+
+@both_methods
+def test_a_search_that_transformers_added_cannot_run_and_loads_as_it_is(
+    method: str, llama: TinyModel, tmp_path: Path
+) -> None:
+    model = llama.make_model()
+    model.add_adapter(config(method, llama))
+    with pytest.warns(UserWarning, match="cannot run.*without the tuner"):
+        model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(llama.make_model(), tmp_path)
+    assert torch.equal(outputs(loaded, llama), outputs(model, llama))
+    assert all(layer.searching for layer in loaded.modules() if isinstance(layer, SearchLayer))
 
 
 @both_methods

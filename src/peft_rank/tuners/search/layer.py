@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
+from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import check_adapters_to_merge
 from peft.utils.other import transpose
 from torch import Tensor, nn
@@ -100,6 +101,10 @@ class SearchLayer(nn.Module, RankLayer):
     def __getstate__(self) -> dict[str, Any]:
         # a copy has no part in the graph of this step
         return {**self.__dict__, "_step": {}, "_selected": {}}
+
+    def reserve_state(self, attribute: str, numel: int) -> None:
+        """Room for the bytes of a checkpoint's search, for loaders that know of modules only."""
+        setattr(self, attribute, BufferDict({self.adapter_name: torch.zeros(numel, dtype=torch.uint8)}, persistent=True))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """

@@ -121,6 +121,9 @@ class RankSearchModel(RankSearchTraining):
         if factors is None:
             return  # stays dense
         layer = self._wrap(config, adapter_name, target, factors)
+        state = config.allocation_state or {}
+        if state.get("module") == uncompiled(current_key):
+            layer.reserve_state(f"{self.prefix}state", state["numel"])
         layer.train(target.training)
         layer.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         setattr(parent, target_name, layer)
@@ -234,6 +237,8 @@ class RankSearchModel(RankSearchTraining):
         key = next((key for key in weights if key.endswith(f".{self.prefix}state")), None)
         if key is not None:
             self._states[adapter_name].unpack(weights.pop(key))
+        for layer in self.searching_layers(adapter_name).values():
+            layer._modules.pop(f"{self.prefix}state", None)
 
     @classmethod
     def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
@@ -253,6 +258,12 @@ class RankSearchModel(RankSearchTraining):
         entries = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, *args, **kwargs)
         tuner = find_tuner(cls, model)
         if tuner is None:
+            if config.allocation_state is None and not config.factors_saved:
+                warnings.warn(
+                    f"The search of adapter {adapter_name!r} cannot run: the model holds its layers without the tuner. Use "
+                    "`get_peft_model(model, config)`.",
+                    stacklevel=2,
+                )
             return entries
         entries |= entries_inside(tuner._beside, model, state_dict)
         linears, state = tuner._linears(adapter_name), tuner._states.get(adapter_name)
@@ -292,7 +303,8 @@ class RankSearchModel(RankSearchTraining):
         """Become what a checkpoint describes: a search at another step, or its end."""
         found = {plain_name(key) for key in state_dict}
         layers = self.searching_layers(adapter_name)
-        unfinished = any(key.endswith(f".{self.prefix}state") for key in found)
+        # masks alone are those of a search that never began
+        unfinished = any(f".{self.prefix}" in key for key in found)
         if layers and not unfinished:
             for name, layer in layers.items():
                 rank = next(
