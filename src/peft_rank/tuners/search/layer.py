@@ -104,7 +104,9 @@ class SearchLayer(nn.Module, RankLayer):
 
     def reserve_state(self, attribute: str, numel: int) -> None:
         """Room for the bytes of a checkpoint's search, for loaders that know of modules only."""
-        setattr(self, attribute, BufferDict({self.adapter_name: torch.zeros(numel, dtype=torch.uint8)}, persistent=True))
+        setattr(
+            self, attribute, BufferDict({self.adapter_name: torch.zeros(numel, dtype=torch.uint8)}, persistent=True)
+        )
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """
