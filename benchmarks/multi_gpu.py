@@ -32,7 +32,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import Results, argument_parser, synchronize
+from _common import SHORT_SCHEDULE, Results, argument_parser, synchronize
 from accelerate.state import PartialState
 from peft import PeftModel, get_peft_model
 from torch.utils.data import Dataset
@@ -139,10 +139,7 @@ def make_model(
         target_r=args.target_r if allocate else args.init_r,
         orth_reg_weight=0.1 if allocate else 0.0,
         init_weights=False,  # gradients everywhere from the first step
-        warmup_steps=4,
-        allocation_steps=30,
-        initial_window=4,
-        final_window=12,
+        **SHORT_SCHEDULE,
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from _common import Results, argument_parser
+from _common import SHORT_SCHEDULE, Results, argument_parser
 from multi_gpu import SHAPES, STEPS, Clock, Texts
 from peft import PeftModel, get_peft_model, prepare_model_for_kbit_training
 from torch import Tensor
@@ -114,10 +114,7 @@ def measure(args: argparse.Namespace, kind: str, folder: Path) -> dict[str, Any]
     config = SalientLoRAConfig(
         init_r=args.init_r,
         target_r=args.target_r,
-        warmup_steps=4,
-        allocation_steps=30,
-        initial_window=4,
-        final_window=12,
+        **SHORT_SCHEDULE,
         target_modules="all-linear",
         task_type="CAUSAL_LM",
     )

@@ -17,6 +17,14 @@ def read_file(file: str) -> Dataset:
     raise ValueError(f"{file}: expected a file that ends in .json, .jsonl or .csv.")
 
 
+def check_files(train: str | None, validation: str | None, test: str | None) -> None:
+    """Raise ValueError unless local files are complete: a training and a validation file, or none at all."""
+    if (train is None) != (validation is None):
+        raise ValueError("train_file and validation_file: give both, or neither for data from the Hub.")
+    if train is None and test is not None:
+        raise ValueError("test_file goes with train_file; for data from the Hub pass --do_predict.")
+
+
 def text_columns(data: Dataset) -> list[str]:
     """The columns that hold strings."""
     return [name for name in data.column_names if data.features[name] in (Value("string"), Value("large_string"))]

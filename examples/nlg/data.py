@@ -4,7 +4,7 @@
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from common.files import read_file, text_columns
+from common.files import check_files, read_file, text_columns
 from datasets import Dataset, DatasetDict, load_dataset
 from transformers import PreTrainedTokenizerBase
 
@@ -61,14 +61,11 @@ class DataArguments:
     def __post_init__(self):
         if self.task_name is not None and self.task_name not in TASKS:
             raise ValueError(f"task_name: {self.task_name!r} is none of {', '.join(TASKS)}.")
-        if (self.train_file is None) != (self.validation_file is None):
-            raise ValueError("train_file and validation_file: give both, or neither for data from the Hub.")
+        check_files(self.train_file, self.validation_file, self.test_file)
         if self.train_file is None and self.task_name is None and self.dataset_name is None:
             raise ValueError(
                 "Give task_name or dataset_name for data from the Hub, or train_file and validation_file for local files."
             )
-        if self.train_file is None and self.test_file is not None:
-            raise ValueError("test_file goes with train_file; for data from the Hub pass --do_predict.")
         wrong = [pair for pair in self.respell if len(pair) != 3 or pair[1] != "="]
         if wrong:
             raise ValueError(f"respell: {wrong} should be pairs of single characters such as Q=O.")

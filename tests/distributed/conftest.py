@@ -60,6 +60,13 @@ class Run:
             return float("inf")
         return max(float((v - other.adapter[k]).abs().max()) for k, v in self.adapter.items() if v.numel())
 
+    def check_same(self, other: Run, weights: float = 1e-5, loss: float = 1e-5) -> None:
+        """Ranks, the total at every step that the other run made, weights and loss are those of the other run."""
+        assert other.seen["totals"] == self.seen["totals"][-len(other.seen["totals"]) :]
+        assert other.seen["pattern"] == self.seen["pattern"]
+        assert self.distance(other) < weights
+        assert other.seen["eval_loss"] == pytest.approx(self.seen["eval_loss"], abs=loss)
+
 
 Launch = Callable[..., Callable[[str], Run]]
 

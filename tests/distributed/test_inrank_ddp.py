@@ -56,11 +56,8 @@ def two(launch: Callable) -> Callable:
 def test_two_processes_train_what_one_trains(one: Callable, two: Callable, name: str, reference: str) -> None:
     alone, both = one(reference), two(name)
     assert (both.seen["engine"], both.seen["processes"]) == ("DistributedDataParallel", 2)
-    assert both.seen["totals"] == alone.seen["totals"][-len(both.seen["totals"]) :]
-    assert both.seen["pattern"] == alone.seen["pattern"]
     weights, loss = (1e-3, 1e-4) if "scratch" in name else (2e-5, 1e-5)
-    assert alone.distance(both) < weights
-    assert both.seen["eval_loss"] == pytest.approx(alone.seen["eval_loss"], abs=loss)
+    alone.check_same(both, weights, loss)
 
 
 def test_ranks_grow_several_times(one: Callable) -> None:

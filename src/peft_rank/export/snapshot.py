@@ -25,8 +25,8 @@ from peft_rank.tuners.config import AdaptedModulesConfig
 from peft_rank.tuners.inrank import InRankConfig, InRankModel
 from peft_rank.tuners.lowrank import LowRankLinear
 from peft_rank.tuners.names import PEFT_PREFIX, plain_name
+from peft_rank.tuners.packing import read_state
 from peft_rank.tuners.salientlora import SalientLoRAConfig, SalientLoRALayer
-from peft_rank.tuners.salientlora.allocator import read_state
 from peft_rank.tuners.search.layer import SearchLayer
 
 

@@ -13,11 +13,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_rank import SalientLoRAConfig
+from peft_rank.tuners.functional import AddToGradient, compute_dtype
 from peft_rank.tuners.salientlora.functional import (
-    AddToGradient,
     Factors,
     LinearWithUpdate,
-    compute_dtype,
     prepare_updates,
 )
 from runs import assert_close

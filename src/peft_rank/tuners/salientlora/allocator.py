@@ -6,37 +6,17 @@ It sees singular values as one vector over the model, module by module, and know
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from itertools import accumulate
 
-import safetensors
-import safetensors.torch
 import torch
 
 from peft_rank.allocation.budget import keep_top
 from peft_rank.allocation.salience import salience_scores
 from peft_rank.allocation.schedule import AllocationSchedule, Decision
 
+from ..packing import pack_state, read_state
 from .config import SalientLoRAConfig
-
-
-def read_state(blob: torch.Tensor) -> tuple[dict[str, torch.Tensor], dict[str, int]]:
-    """Tensors and clock in what `RankAllocator.pack` returned, (n,) uint8.
-
-    Raises:
-        ValueError: If the bytes are damaged.
-    """
-    data = blob.cpu().numpy().tobytes()
-    try:
-        tensors = safetensors.torch.load(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        return tensors, json.loads(header["__metadata__"]["clock"])
-    except (safetensors.SafetensorError, KeyError, ValueError) as error:
-        raise ValueError(
-            "The allocation state in the checkpoint is damaged, so that the allocation cannot go on where it stopped. "
-            "Resume from an earlier checkpoint."
-        ) from error
 
 
 class RankAllocator:
@@ -217,8 +197,7 @@ class RankAllocator:
             "regularizer": self._regularizer[: self._rows].cpu().contiguous(),
         }
         clock = {"last_step": self.last_step, "recorded": self.recorded, "decided_step": self.decided_step}
-        data = safetensors.torch.save(tensors, metadata={"clock": json.dumps(clock)})
-        return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        return pack_state(tensors, clock)
 
     def unpack(self, blob: torch.Tensor, sizes: Sequence[int]) -> None:
         """Restore what `pack` returned.

@@ -16,15 +16,14 @@ from peft.utils.other import transpose
 from torch import nn
 
 from ..additive import AdditiveLayer
+from ..functional import AddToGradient, compute_dtype
 from ..shrinking import narrow
 from .config import SalientLoRAConfig
 from .functional import (
-    AddToGradient,
     Factors,
     LinearWithUpdate,
     MaskRanks,
     PreparedUpdate,
-    compute_dtype,
     prepare_updates,
 )
 

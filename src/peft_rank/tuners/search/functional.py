@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from ..salientlora.functional import compute_dtype
+from ..functional import compute_dtype
 
 
 SLOPE_THRESHOLD = 2.0**-10

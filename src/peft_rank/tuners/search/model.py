@@ -303,8 +303,9 @@ class RankSearchModel(RankSearchTraining):
         """Become what a checkpoint describes: a search at another step, or its end."""
         found = {plain_name(key) for key in state_dict}
         layers = self.searching_layers(adapter_name)
-        # masks alone are those of a search that never began
-        unfinished = any(f".{self.prefix}" in key for key in found)
+        # masks without a state are those of a search that never began
+        masks = tuple(f"{name}.{self.prefix}" for name in self.adapter_layers(adapter_name))
+        unfinished = any(key.startswith(masks) for key in found)
         if layers and not unfinished:
             for name, layer in layers.items():
                 rank = next(

@@ -3,18 +3,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 
-import safetensors
-import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ...allocation.masks import EVEN, keep_probability, straight_through
 from ...allocation.parameters import parameter_budget, repair_ranks, spectral_ranks
-from ..salientlora.allocator import read_state
+from ..packing import pack_state, read_state
 from .config import RankSearchConfig
 
 
@@ -178,8 +175,7 @@ class SearchState:
         tensors = {"clock": torch.zeros(0)}
         for i, selection in enumerate(self.snapshots.values()):
             tensors |= {f"{i}.{j}": ranks for j, ranks in enumerate(selection) if ranks is not None}
-        data = safetensors.torch.save(tensors, metadata={"clock": json.dumps(clock)})
-        return torch.frombuffer(bytearray(data), dtype=torch.uint8)
+        return pack_state(tensors, clock)
 
     def unpack(self, blob: Tensor) -> None:
         """Restore what `pack` returned.

@@ -18,10 +18,10 @@ from transformers.trainer_pt_utils import get_model_param_count
 
 from ...allocation.masks import gumbel_mask, keep_probability, uniform_noise
 from ..adaptive import AdaptiveRankTuner, ShrinkPolicy, add_to_gradients, check_step
+from ..functional import AddToGradient
 from ..lowrank.entry import record_compression
 from ..lowrank.final import settle_trained_modules
 from ..names import exact_pattern
-from ..salientlora.functional import AddToGradient
 from .functional import SharedGraph, StepMask, needed_rows
 from .layer import SearchLayer
 from .state import SearchState, Selection

@@ -1,0 +1,42 @@
+# Copyright 2026 The peft_rank authors. Licensed under the Apache License, Version 2.0.
+"""Pieces of arithmetic that the layers of several methods share."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+
+
+def compute_dtype(x: torch.Tensor) -> torch.dtype:
+    """The dtype that a linear layer multiplies `x` in."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+class AddToGradient(Function):
+    """The identity, whose backward adds a gradient that was computed beforehand, once.
+
+    `pending[key][position]` is added to the gradient and replaced by None, so that of all the backward passes of an
+    optimizer step (micro-batches, a module that is used twice) exactly one adds it. Recomputation in gradient
+    checkpointing sees the same graph as the first forward, since only backward consumes.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, factor: torch.Tensor, pending: dict[str, list[torch.Tensor | None]], key: str, position: int
+    ) -> torch.Tensor:
+        ctx.pending, ctx.key, ctx.position = pending, key, position
+        return factor.view_as(factor)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: torch.Tensor):
+        gradients = ctx.pending.get(ctx.key)
+        addition = None if gradients is None else gradients[ctx.position]
+        if addition is not None:
+            gradients[ctx.position] = None
+            grad_output = grad_output + addition.to(grad_output.dtype)
+        return grad_output, None, None, None
