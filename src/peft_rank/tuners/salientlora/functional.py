@@ -35,11 +35,11 @@ class Factors(NamedTuple):
 class PreparedUpdate(NamedTuple):
     """The update of one module for one forward pass, as `LinearWithUpdate` takes it.
 
-    `low` (r, in) is A and `up` (out, r) is B diag(scaling * E), both in the dtype of the products and maybe with more
-    ranks, which then are 0. The gradient of `up` goes to `folded`, that of `low` to A.
+    `low` (in, r) is (diag(scaling * E) A)^T and `up` (r, out) is B^T, both in the dtype of the products and maybe with
+    more ranks, which then are 0. The gradient of `low` goes to `folded`, (r, in), that of `up` to B.
     """
 
-    A: torch.Tensor
+    B: torch.Tensor
     folded: torch.Tensor
     low: torch.Tensor
     up: torch.Tensor
@@ -51,27 +51,25 @@ def prepare_updates(factors: Sequence[Factors], scalings: Sequence[float], dtype
     Where a copy is made anyway, ranks are padded with zeros to a multiple of 8: half-precision products of other widths
     are slower.
     """
-    copied = [A.dtype != dtype for A, _, _ in factors]
+    copied = [B.dtype != dtype for _, _, B in factors]
     multiples = [_ALIGNMENT if copy and dtype.itemsize == 2 else 1 for copy in copied]
     widths = [-(-len(E) // multiple) * multiple for (_, E, _), multiple in zip(factors, multiples, strict=True)]
-    lows = [A.detach() for A, _, _ in factors]
-    keys = [(A.shape[1], A.device, A.dtype) if copy else None for (A, _, _), copy in zip(factors, copied, strict=True)]
+    ups = [B.detach().t() for _, _, B in factors]
+    keys = [(B.shape[0], B.device, B.dtype) if copy else None for (_, _, B), copy in zip(factors, copied, strict=True)]
     for chunk in _chunks(keys, widths):
         width = [widths[i] for i in chunk]
-        joined = join_ranks([lows[i] for i in chunk], 0, width).to(dtype)  # (R, in)
-        for i, low in zip(chunk, joined.split(width), strict=True):
-            lows[i] = low
-    ups: list[tuple] = [()] * len(factors)
-    keys = [(B.shape[0], B.device, B.dtype, scaling) for (_, _, B), scaling in zip(factors, scalings, strict=True)]
+        joined = join_ranks([factors[i].B for i in chunk], 1, width).to(dtype).t()  # (R, out)
+        for i, up in zip(chunk, joined.split(width), strict=True):
+            ups[i] = up
+    lows: list[tuple] = [()] * len(factors)
+    keys = [(A.shape[1], A.device, A.dtype, scaling) for (A, _, _), scaling in zip(factors, scalings, strict=True)]
     for chunk in _chunks(keys, widths):
         width = [widths[i] for i in chunk]
-        E, B = [factors[i].E for i in chunk], [factors[i].B for i in chunk]
-        *folded, joined = FoldedFactors.apply(scalings[chunk[0]], dtype, width, *E, *B)
-        for i, *pair in zip(chunk, folded, joined.split(width, 1), strict=True):
-            ups[i] = pair
-    return [
-        PreparedUpdate(A, folded, low, up) for (A, _, _), low, (folded, up) in zip(factors, lows, ups, strict=True)
-    ]
+        E, A = [factors[i].E for i in chunk], [factors[i].A for i in chunk]
+        *folded, joined = FoldedFactors.apply(scalings[chunk[0]], dtype, width, *E, *A)
+        for i, *pair in zip(chunk, folded, joined.t().split(width, 1), strict=True):
+            lows[i] = pair
+    return [PreparedUpdate(B, folded, low, up) for (_, _, B), (folded, low), up in zip(factors, lows, ups, strict=True)]
 
 
 def _chunks(keys: Sequence[tuple | None], widths: Sequence[int]) -> Iterator[list[int]]:
@@ -93,11 +91,12 @@ def _chunks(keys: Sequence[tuple | None], widths: Sequence[int]) -> Iterator[lis
 
 
 class FoldedFactors(Function):
-    """B diag(scaling * E) of many modules with one number of outputs, side by side: (out, R), in `dtype`, rounded once.
+    """diag(scaling * E) A of many modules with one number of inputs, one below the other: (R, in), in `dtype`, rounded
+    once. E goes to A, not to B, because the parts of its gradient then are rows, which parameters take as they are.
 
-    Before it, (out, width) for each module, come stand-ins without content: what receives the gradient of the module's
-    part, in the dtype of B. The part itself, in half precision, would have its gradient rounded. The gradients of all E
-    and B are then computed together.
+    Before it, (width, in) for each module, come stand-ins without content: what receives the gradient of the module's
+    part, in the dtype of A. The part itself, in half precision, would have its gradient rounded. The gradients of all E
+    and A are then computed together.
 
     Saves no tensors, as gradient checkpointing counts those: of a whole model this runs outside of a checkpointed block,
     and inside of it when the block is recomputed.
@@ -107,14 +106,14 @@ class FoldedFactors(Function):
     def forward(
         ctx: Any, scaling: float, dtype: torch.dtype, widths: list[int], *factors: torch.Tensor
     ) -> tuple[torch.Tensor, ...]:
-        E, B = factors[: len(widths)], factors[len(widths) :]
-        scale = join_ranks(E, 0, widths).mul_(scaling)  # (R,)
-        joined = join_ranks(B, 1, widths)  # (out, R)
-        up = torch.mul(joined, scale, out=torch.empty_like(joined, dtype=dtype))
-        ctx.B, ctx.scale, ctx.scaling, ctx.widths = B, scale, scaling, widths
+        E, A = factors[: len(widths)], factors[len(widths) :]
+        scale = join_ranks(E, 0, widths).mul_(scaling).unsqueeze(1)  # (R, 1)
+        joined = join_ranks(A, 0, widths)  # (R, in)
+        low = torch.mul(joined, scale, out=torch.empty_like(joined, dtype=dtype))
+        ctx.A, ctx.scale, ctx.scaling, ctx.widths = A, scale, scaling, widths
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(up)
-        return *(joined.new_empty_strided((len(joined), width), (0, 0)) for width in widths), up
+        ctx.mark_non_differentiable(low)
+        return *(joined.new_empty_strided((width, joined.shape[1]), (0, 0)) for width in widths), low
 
     @staticmethod
     @once_differentiable
@@ -122,16 +121,16 @@ class FoldedFactors(Function):
         count = len(ctx.widths)
         used = [i for i in range(count) if gradients[i] is not None]
         grad_E: list[torch.Tensor | None] = [None] * count
-        grad_B: list[torch.Tensor | None] = [None] * count
+        grad_A: list[torch.Tensor | None] = [None] * count
         if used:
             widths = [ctx.widths[i] for i in used]
             scale = ctx.scale if len(used) == count else torch.cat([ctx.scale.split(ctx.widths)[i] for i in used])
-            gradient = torch.cat([gradients[i] for i in used], 1)  # (out, R)
-            of_scale = (gradient * join_ranks([ctx.B[i] for i in used], 1, widths)).sum(0).mul_(ctx.scaling)
-            for i, E, B in zip(used, of_scale.split(widths), gradient.mul_(scale).split(widths, 1), strict=True):
-                r = ctx.B[i].shape[1]
-                grad_E[i], grad_B[i] = E[:r], B[:, :r]
-        return None, None, None, *grad_E, *grad_B
+            gradient = torch.cat([gradients[i] for i in used])  # (R, in)
+            of_scale = (gradient * join_ranks([ctx.A[i] for i in used], 0, widths)).sum(1).mul_(ctx.scaling)
+            for i, E, A in zip(used, of_scale.split(widths), gradient.mul_(scale).split(widths), strict=True):
+                r = len(ctx.A[i])
+                grad_E[i], grad_A[i] = (E, A) if r == len(E) else (E[:r], A[:r])
+        return None, None, None, *grad_E, *grad_A
 
 
 class LinearWithUpdate(Function):
@@ -139,7 +138,7 @@ class LinearWithUpdate(Function):
 
     One node instead of a dozen: the update is accumulated into the base product (forward) and its gradient into the
     base gradient (backward) by the matrix products themselves, so that no activation-sized tensor is read or written
-    for the sake of the adapter alone. E is folded into B, which is small, and the factors are cast to the dtype of the
+    for the sake of the adapter alone. E is folded into A, which is small, and the factors are cast to the dtype of the
     product, never the activation to theirs. Under autocast the product has autocast's dtype.
 
     Shapes: x (..., in), W (out, in), b (out,) or None; of the update see `PreparedUpdate`. Saves x, not more activations.
@@ -151,7 +150,7 @@ class LinearWithUpdate(Function):
         x: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
-        A: torch.Tensor,
+        B: torch.Tensor,
         folded: torch.Tensor,
         low: torch.Tensor,
         up: torch.Tensor,
@@ -169,29 +168,30 @@ class LinearWithUpdate(Function):
                 torch.mm(rows, weight.t(), out=flat)
             else:
                 torch.addmm(bias if bias.dtype == dtype else bias.to(dtype), rows, weight.t(), out=flat)
-            hidden = torch.mm(rows, low.t())  # (tokens, r)
-            flat.addmm_(hidden, up.t())
+            hidden = torch.mm(rows, low)  # (tokens, r)
+            flat.addmm_(hidden, up)
         ctx.save_for_backward(rows, weight, low, up, hidden)
-        ctx.r, ctx.factor_dtype, ctx.in_shape = A.shape[0], A.dtype, x.shape
+        ctx.r, ctx.factor_dtype, ctx.in_shape = B.shape[1], B.dtype, x.shape
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor):
         rows, weight, low, up, hidden = ctx.saved_tensors
-        needs_x, _, _, needs_A, needs_up, _, _ = ctx.needs_input_grad
-        grad_x = grad_A = grad_up = None
+        needs_x, _, _, needs_B, needs_low, _, _ = ctx.needs_input_grad
+        grad_x = grad_B = grad_low = None
         with _without_autocast(grad_output.device.type):
             grad = grad_output.reshape(-1, grad_output.shape[-1])  # (tokens, out)
-            grad_hidden = torch.mm(grad, up)  # (tokens, r)
+            if needs_x or needs_low:
+                grad_hidden = torch.mm(grad, up.t())  # (tokens, r)
             if needs_x:
-                grad_x = torch.mm(grad, weight).addmm_(grad_hidden, low).view(ctx.in_shape)
-            if needs_A:
-                grad_A = _product(grad_hidden.t(), rows, ctx.factor_dtype)
-                grad_A = grad_A if len(grad_A) == ctx.r else grad_A[: ctx.r]
-            if needs_up:
-                grad_up = _product(grad.t(), hidden, ctx.factor_dtype)
-        return grad_x, None, None, grad_A, grad_up, None, None
+                grad_x = torch.mm(grad, weight).addmm_(grad_hidden, low.t()).view(ctx.in_shape)
+            if needs_low:
+                grad_low = _product(grad_hidden.t(), rows, ctx.factor_dtype)
+            if needs_B:
+                grad_B = _product(grad.t(), hidden, ctx.factor_dtype)
+                grad_B = grad_B if grad_B.shape[1] == ctx.r else grad_B[:, : ctx.r]
+        return grad_x, None, None, grad_B, grad_low, None, None
 
 
 def _product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

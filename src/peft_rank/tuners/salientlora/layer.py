@@ -188,7 +188,12 @@ class SalientLoRALayer(AdditiveLayer):
     def stored(self, adapter_name: str) -> Factors:
         """The parameters as they are. Called for every layer of a model in every step: `nn.ParameterDict` itself takes
         ten times as long to find an entry."""
-        return Factors(*(self._modules[attribute]._parameters[adapter_name] for attribute in self.adapter_layer_names))
+        modules = self._modules
+        return Factors(
+            modules["salientlora_A"]._parameters[adapter_name],
+            modules["salientlora_E"]._parameters[adapter_name],
+            modules["salientlora_B"]._parameters[adapter_name],
+        )
 
     def factors(self, adapter_name: str) -> Factors:
         """The factors for a forward pass: gathered, masked and, if armed, with the regularizer in their backward."""
