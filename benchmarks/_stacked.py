@@ -66,7 +66,7 @@ class StackedLinear(nn.Module):
         if self.base is None:
             y = torch.baddbmm(second.unsqueeze(1), stacked.to(first.dtype), first.mT)
         else:
-            frozen = self.base(x.to(self.base.weight.dtype))
+            frozen = self.base(x)
             hidden = torch.bmm(stacked.to(first.dtype), first.mT)
             y = torch.baddbmm(frozen.view(len(first), -1, frozen.shape[-1]), hidden, second.mT)
         return y.view(*x.shape[:-1], -1)
@@ -104,7 +104,8 @@ class StackedTraining:
     """K trainings that are advanced a step at a time: AdamW, 6 % warm-up, then linear decay.
 
     Args:
-        template (`nn.Module`): The base model; its tensors are shared by the `models`. It is taken apart.
+        template (`nn.Module`): The base model; its tensors are shared by the `models`. It is taken apart, and runs in
+            bfloat16 on a GPU, with the trained parameters in float32.
         models (`Sequence[PeftModel]`): One a training, of one method and one shape.
         rows (`dict[str, Tensor]`): The training set on the device, all rows of one shape.
         orders (`Tensor`): (K, steps, batch), the rows of each step.
@@ -133,6 +134,7 @@ class StackedTraining:
             losses,
         )
         self.device, self.cuda = orders.device, orders.device.type == "cuda"
+        self.dtype = torch.bfloat16 if self.cuda else torch.float32
         self.count, self.steps, self.done = len(models), orders.shape[1], 0
         self.scores = scores or [None] * self.count
         self.tuners = [model.base_model for model in models]
@@ -178,14 +180,16 @@ class StackedTraining:
 
     def _stack_modules(self) -> None:
         self.modules: dict[str, StackedLinear] = {}
-        dtype = torch.bfloat16 if self.cuda else torch.float32
+        for module in self.template.modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None:  # a copy: others share the tensor
+                    module._parameters[name] = nn.Parameter(parameter.detach().to(self.dtype), requires_grad=False)
         for place in chain.from_iterable(self.places.values()):
             if place.module not in self.modules:
                 base = self.template.get_submodule(place.module)
-                adapted = StackedLinear(None if place.part in ("weight", "bias") else copy.deepcopy(base).to(dtype))
+                adapted = StackedLinear(None if place.part in ("weight", "bias") else base)
                 self.modules[place.module] = adapted
                 self.template.set_submodule(place.module, adapted)
-        self.template.requires_grad_(False)
         self.scalings = torch.tensor([self._scaling(k) for k in range(self.count)], device=self.device).view(-1, 1)
 
     def _scaling(self, k: int) -> float:
@@ -197,7 +201,7 @@ class StackedTraining:
 
     def _place_factors(self) -> None:
         """Cuts the stacked vectors into the modules' factors, E and the scaling in A."""
-        dtype = torch.bfloat16 if self.cuda else torch.float32
+        dtype = self.dtype
         stacks = {kind: torch.stack(leaves) for kind, leaves in self.leaves.items()}
         if "E" in stacks:
             stacks["E"] = stacks["E"] * self.scalings * (self.masks if self.salient else 1.0)
@@ -220,9 +224,8 @@ class StackedTraining:
     def _work(self) -> None:
         """All of a step that touches every module, so that it can be replayed; only decisions are left out."""
         labels = self.batch["labels"].unflatten(0, (self.count, -1))
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.cuda):
-            self._place_factors()
-            logits = self.template(**{key: value for key, value in self.batch.items() if key != "labels"}).logits
+        self._place_factors()
+        logits = self.template(**{key: value for key, value in self.batch.items() if key != "labels"}).logits
         loss = self.losses(logits.unflatten(0, (self.count, -1)), labels).sum()
         if self.adalora:
             loss = loss + self._regularizer_of_adalora()

@@ -10,7 +10,9 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ from peft_rank import SalientLoRAConfig
 from peft_rank.allocation.salience import salience_scores
 
 
+TrainStack = Callable[[list["Spec"]], list[dict[str, Any]]]
 METHODS = ["lora", "rslora", "adalora", "salientlora"]
 
 
@@ -166,6 +169,19 @@ class StackTrainer(ABC):
         return [{**asdict(spec), **row, **metric, "seconds": seconds} for spec, row, metric in parts]
 
 
+_trainer: TrainStack | None = None  # of this process
+
+
+def _start(make_trainer: Callable[[argparse.Namespace], TrainStack], args: argparse.Namespace) -> None:
+    global _trainer
+    torch.set_float32_matmul_precision("high")
+    _trainer = make_trainer(args)
+
+
+def _train(stack: list[Spec], deadline: float) -> list[dict[str, Any]] | None:
+    return None if time.time() > deadline else _trainer(stack)
+
+
 # --- a study ------------------------------------------------------------------------------------------------------------
 
 
@@ -176,22 +192,23 @@ class Study:
 
     Args:
         args (`Namespace`): Of `study_parser`.
-        train (`Callable`): Trains a stack of `Spec`s of one method, task and shape; returns a row with `metric` for each.
+        make_trainer (`Callable`): Makes of `args` what trains a stack of `Spec`s of one method, task and shape, and
+            returns a row with `metric` for each.
         sign (`int`, *optional*): -1 where the lower metric is the better one.
     """
 
     def __init__(
-        self, args: argparse.Namespace, train: Callable[[list[Spec]], list[dict[str, Any]]], sign: int = 1
+        self, args: argparse.Namespace, make_trainer: Callable[[argparse.Namespace], TrainStack], sign: int = 1
     ) -> None:
-        self.args, self.train, self.sign = args, train, sign
-        self.started, self.rows = time.perf_counter(), []
+        self.args, self.make_trainer, self.sign = args, make_trainer, sign
+        self.started, self.rows = time.time(), []
         # the time limit and how many run at once change nothing in a row
-        kept = {key: value for key, value in vars(args).items() if key not in ("output", "seconds", "together")}
+        passing = ("output", "seconds", "together", "processes")
+        kept = {key: value for key, value in vars(args).items() if key not in passing}
         self.arguments = json.loads(json.dumps(kept, default=str))
 
     def run(self, tasks: list[str], ablations: list[str]) -> None:
         args = self.args
-        torch.set_float32_matmul_precision("high")
         self._read()
         cells = [(m, r, v) for m in args.methods for r in args.ranks for v in self._variants(m)]
         runs = itertools.product(cells, tasks, args.lrs, args.seeds)
@@ -201,19 +218,34 @@ class Study:
             lr = self._best_lr("salientlora", r)
             runs = itertools.product(tasks, ablations, args.seeds)
             self._run([Spec("salientlora", t, r, lr, seed, name) for t, name, seed in runs])
-        print(f"{len(self.rows)} trainings, {time.perf_counter() - self.started:.0f} s")
+        print(f"{len(self.rows)} trainings, {time.time() - self.started:.0f} s")
 
     def _variants(self, method: str) -> list[str]:
         return list(self.args.variants) if method == "salientlora" and self.args.variants else [""]
 
     def _run(self, specs: list[Spec]) -> None:
         done = {Spec(*(row[name] for name in Spec.__dataclass_fields__)) for row in self.rows}
-        for stack in self._stacks([spec for spec in specs if spec not in done]):
-            if time.perf_counter() - self.started > self.args.seconds:
+        stacks = list(self._stacks([spec for spec in specs if spec not in done]))
+        for rows in self._trained(stacks):
+            if rows is None:
                 raise SystemExit("The time is up. Run the same command again to go on.")
-            for row in self.train(stack):
+            for row in rows:
                 self.rows.append(row)
                 self._write(row)
+
+    def _trained(self, stacks: list[list[Spec]]) -> Iterator[list[dict[str, Any]] | None]:
+        """The rows of each stack, as they come; None for one that was not begun in time."""
+        args, deadline = self.args, self.started + self.args.seconds
+        if args.processes == 1:
+            if stacks:
+                _start(self.make_trainer, args)
+            yield from (_train(stack, deadline) for stack in stacks)
+            return
+        # what one process does on the host, loading and evaluating, another hides behind its own steps
+        options = {"mp_context": get_context("spawn"), "initializer": _start}
+        with ProcessPoolExecutor(args.processes, initargs=(self.make_trainer, args), **options) as pool:
+            futures = [pool.submit(_train, stack, deadline) for stack in stacks]
+            yield from (future.result() for future in as_completed(futures))
 
     def _stacks(self, specs: list[Spec]) -> Iterator[list[Spec]]:
         """Trainings of one shape, as many as may run at once."""
@@ -263,5 +295,6 @@ def study_parser(description: str, name: str) -> argparse.ArgumentParser:
         help="JSON, name to fields: several such configurations; `lr_factors` gives factors of the rate for A, E and B",
     )
     parser.add_argument("--together", type=int, default=9, help="trainings at a time on one GPU")
+    parser.add_argument("--processes", type=int, default=1, help="processes that train such stacks on one GPU")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start nothing after this time")
     return parser

@@ -146,7 +146,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    Study(args, Trainer(args)).run(args.tasks, args.ablations)
+    Study(args, Trainer).run(args.tasks, args.ablations)
 
 
 if __name__ == "__main__":

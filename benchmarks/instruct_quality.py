@@ -99,7 +99,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def main() -> None:
     args = parse()
-    Study(args, Trainer(args), sign=-1).run(["instructions"], [])
+    Study(args, Trainer, sign=-1).run(["instructions"], [])
 
 
 if __name__ == "__main__":

@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import importlib
 import json
+import os
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -160,7 +162,7 @@ def test_a_study_runs_the_grid_once_and_the_best_rate_with_all_seeds(trainings: 
     output = tmp_path / "study.jsonl"
     options = ["--model", "m", "--ranks", "2", "--lrs", "1e-3", "2e-3", "--methods", "lora", "salientlora"]
     args = trainings.study_parser("", "x").parse_args([*options, "--output", str(output), "--together", "4"])
-    trainings.Study(args, train).run(["a", "b"], ["random ranks"])
+    trainings.Study(args, lambda args: train).run(["a", "b"], ["random ranks"])
     rows = [json.loads(line) for line in output.read_text().splitlines()][1:]
     runs = {(row["method"], row["lr"], row["seed"], row["variant"]) for row in rows}
     grid = {(m, lr, seed, "") for m in ("lora", "salientlora") for lr in (1e-3, 2e-3) for seed in (0, 1, 2)}
@@ -171,13 +173,13 @@ def test_a_study_runs_the_grid_once_and_the_best_rate_with_all_seeds(trainings: 
     # the same again adds nothing, a cut one goes on, another study does not mix with it
     lines = output.read_text().splitlines(keepends=True)
     output.write_text("".join(lines[:10]))
-    trainings.Study(args, train).run(["a", "b"], ["random ranks"])
+    trainings.Study(args, lambda args: train).run(["a", "b"], ["random ranks"])
     assert sorted(output.read_text().splitlines(keepends=True)) == sorted(lines)
     args.seconds = 0.0
-    trainings.Study(args, train).run(["a", "b"], ["random ranks"])
+    trainings.Study(args, lambda args: train).run(["a", "b"], ["random ranks"])
     args.overrides = {"init_r": 4}
     with pytest.raises(SystemExit, match="The time is up"):
-        trainings.Study(args, train).run(["a", "b"], ["random ranks"])
+        trainings.Study(args, lambda args: train).run(["a", "b"], ["random ranks"])
     assert len(output.read_text().splitlines()) == 1
     output.with_suffix(".before").replace(output)
 
@@ -190,3 +192,23 @@ def test_a_study_runs_the_grid_once_and_the_best_rate_with_all_seeds(trainings: 
     with output.open("a") as file:  # a run that is not complete over the tasks stays out
         file.write(json.dumps({**rows[0], "seed": 9}) + "\n")
     assert tables.read_study(output)[1].keys() == complete.keys()
+
+
+class FakeTrainer:
+    """At the top of a module, so that other processes can have it."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.args = args
+
+    def __call__(self, specs: list) -> list[dict[str, object]]:
+        counts = {"initial_parameters": 10, "final_parameters": 5, "process": os.getpid()}
+        return [{**vars(spec), "metric": spec.lr, **counts} for spec in specs]
+
+
+def test_processes_share_a_study(trainings: ModuleType, tmp_path: Path) -> None:
+    options = ["--model", "m", "--ranks", "2", "--lrs", "1e-3", "--methods", "lora", "--processes", "2"]
+    args = trainings.study_parser("", "x").parse_args([*options, "--output", str(tmp_path / "study.jsonl")])
+    study = trainings.Study(args, FakeTrainer)
+    study.run([str(task) for task in range(8)], [])
+    assert len({(row["task"], row["seed"]) for row in study.rows}) == 8 * 3 == len(study.rows)
+    assert os.getpid() not in {row["process"] for row in study.rows}
