@@ -18,6 +18,7 @@ import torch
 
 
 RESULTS = Path(__file__).parent / "results"
+STEP_OPTIONS = ("adapter_dtype", "gradient_checkpointing", "autocast", "compile")  # of a training step
 SHORT_SCHEDULE = {"warmup_steps": 4, "allocation_steps": 30, "initial_window": 4, "final_window": 12}
 
 

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_rank import CalibrationStatistics, LowRankConfig, calibrate
-from peft_rank.allocation.parameters import parameter_budget, parameters, spectral_ranks, uniform_ranks
+from peft_rank.allocation.parameters import comparable, parameter_budget, parameters, spectral_ranks, uniform_ranks
 from peft_rank.calibration.statistics import statistic_for
 from peft_rank.calibration.texts import CHARACTERS
 from peft_rank.decomposition import ITERATIVE, STATISTIC, Factors, decompose, weighted_spectrum
@@ -41,7 +41,7 @@ from peft_rank.decomposition.parallel import in_parallel
 from peft_rank.tuners.lowrank import LowRankLinear
 
 
-ALLOCATIONS = ("uniform", "spectral", "absolute")  # absolute: spectral, with `spectral_loss="absolute"`
+ALLOCATIONS = ("uniform", "relative", "absolute")  # the latter: `allocation="spectral"` and its `spectral_loss`
 KEY = ("decomposition", "allocation", "ratio")
 RANK_MULTIPLE = 8
 BATCH = 8
@@ -177,7 +177,7 @@ def compressor(
         if allocation == "uniform":
             found = uniform_ranks(shapes, budget, rank_multiple=RANK_MULTIPLE)
         else:
-            compared = spectra() if allocation == "absolute" else [s / s.norm() for s in spectra()]
+            compared = [comparable(values, allocation == "absolute") for values in spectra()]
             found = spectral_ranks(compared, shapes, budget, rank_multiple=RANK_MULTIPLE)
         ranks = {name: rank for name, rank in zip(weights, found, strict=True) if rank is not None}
         factors = in_parallel(
@@ -197,7 +197,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--model", required=True, help="causal language model, a directory or a name on the Hub")
     parser.add_argument("--data", type=Path, help="folder of <split>.jsonl.gz; the Hub's WikiText-2 by default")
     parser.add_argument("--decompositions", nargs="+", default=methods, choices=methods)
-    parser.add_argument("--allocations", nargs="+", default=["uniform", "spectral"], choices=ALLOCATIONS)
+    parser.add_argument("--allocations", nargs="+", default=ALLOCATIONS, choices=ALLOCATIONS)
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.95, 0.9, 0.8])
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--test-tokens", type=int, default=20_480)

@@ -11,7 +11,7 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from _common import RESULTS
+from _common import RESULTS, STEP_OPTIONS
 from _engine_tables import ENGINES
 from _pretraining_tables import sections
 from _quality_tables import best, grid, read_study
@@ -22,7 +22,7 @@ SECTIONS = {
     "methods": "All seven linears, 32 layers, rank 16 (AdaLoRA and SalientLoRA: 16 to 8)",
     "ranks": "Against the initial rank (4 x 512 tokens)",
     "shrinking": "SalientLoRA before the first and after the last decision (64 ranks to 8)",
-    "modes": "Other modes (4 layers)",
+    "modes": "Other modes",
 }
 COMPRESSION = {
     "svd": "SVD",
@@ -35,7 +35,6 @@ COMPRESSION = {
     "anderson": "Anderson",
     "whitening": "whitening (SVD-LLM)",
 }
-OPTIONS = ("adapter_dtype", "gradient_checkpointing", "autocast", "compile")
 
 
 def table(header: list[str], rows: list[list[Any]]) -> str:
@@ -53,17 +52,19 @@ def training_step(result: dict[str, Any], section: str) -> str:
     rows = [row for row in result["rows"] if row["section"] == section and "error" not in row]
     lines, floors = [], {}
     for row in rows:
-        options = ", ".join(name if row[name] is True else str(row[name]) for name in OPTIONS if name in row)
+        options = ", ".join(name if row[name] is True else str(row[name]) for name in STEP_OPTIONS if name in row)
         key = (row["shape"], options if row["method"] == "floor" or section == "modes" else "")
         floors |= {key: row["ms"]} if row["method"] == "floor" else {}
         ratio = f"{row['ms'] / floors[key]:.2f}" if key in floors else ""
-        cells = [row["method"], row["shape"], options or row.get("phase", ""), f"{row['ms']} ({row['ms_iqr']})", ratio]
+        setting = (
+            options or row.get("phase", "") or (f"rank {row['rank']}" if section == "ranks" and "rank" in row else "")
+        )
+        cells = [row["method"], row["shape"], setting, f"{row['ms']} ({row['ms_iqr']})", ratio]
+        cells += [row.get("kernels_ms", ""), row.get("host_ms", ""), row["peak_gib"]]
         extra = [row.get("parameters", ""), row.get("optimizer_mib", "")] if section == "shrinking" else []
-        lines.append([*cells, row["peak_gib"], *extra])
-    header = ["method", "tokens", "setting", "ms (interquartile range)", "over the floor", "peak GiB"]
-    if section == "ranks":
-        names = iter(r for r in (16, 64, 128, 480) for _ in range(3))
-        lines = [[*line[:2], "" if line[0] == "floor" else f"rank {next(names)}", *line[3:]] for line in lines]
+        lines.append([*cells, *extra])
+    header = ["method", "tokens", "setting", "ms (interquartile range)", "over the floor"]
+    header += ["kernels, ms", "host, ms", "peak GiB"]
     return table(header + (["parameters", "optimizer MiB"] if section == "shrinking" else []), lines)
 
 
@@ -112,6 +113,9 @@ def decomposition_time(result: dict[str, Any]) -> str:
     return table(["method", "at a time", "layers", "seconds", *(f"{name}, s each" for name in names)], lines)
 
 
+SPENT = {"uniform": "uniform", "relative": "parts", "absolute": "amounts"}
+
+
 def compression_quality(result: dict[str, Any]) -> str:
     rows = [row for row in result["rows"] if row["decomposition"] != "dense"]
     columns = list(dict.fromkeys((row["allocation"], row["ratio"]) for row in rows))
@@ -121,7 +125,7 @@ def compression_quality(result: dict[str, Any]) -> str:
         for method, label in COMPRESSION.items()
         if any((method, *column) in found for column in columns)
     ]
-    return table(["decomposition", *(f"{allocation}, {ratio}" for allocation, ratio in columns)], lines)
+    return table(["decomposition", *(f"{SPENT[allocation]}, {ratio}" for allocation, ratio in columns)], lines)
 
 
 def _number(value: float | None) -> str:
@@ -193,8 +197,9 @@ def compression() -> list[str]:
         note = (
             f"{settings['model']}, WikiText-2, the first {settings['test_tokens']:,} tokens of the test text, context "
             f"{settings['context']}: {result['rows'][0]['perplexity']} dense. Calibrated on "
-            f"{settings['calibration_tokens']:,} tokens of the training text, not trained. Columns: budget, ratio over "
-            "the decoder's linears.\n"
+            f"{settings['calibration_tokens']:,} tokens of the training text, not trained. Columns: how the budget "
+            "is spent and its ratio over the decoder's linears. Parts and amounts are what `spectral_loss` sums up; parts "
+            "are the default of `allocation='spectral'` for svd, activation and whitening, amounts for the others.\n"
         )
         parts += ["## Compressed models: perplexity\n", note, origin(result), compression_quality(result)]
     if "fwsvd_glue" in found:

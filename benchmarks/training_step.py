@@ -6,20 +6,23 @@
 
 Random weights in bfloat16, all seven linears of 32 layers adapted, fused AdamW. The floor is the frozen model's own
 forward and backward through its activations. SalientLoRA runs with everything on: regularizer, recording, decisions.
-Needs one GPU of 80 GB or more.
+Beside the time of a step stand that of its kernels alone, and what the host takes to launch them: a step takes the longer
+of the two, and a little more. Written after every row; the same command goes on. Needs one GPU of 80 GB or more.
 """
 
 from __future__ import annotations
 
 import gc
 import statistics
+import time
 from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
 import torch
-from _common import argument_parser, store
+from _common import STEP_OPTIONS, Deadline, Results, argument_parser
 from peft import AdaLoraConfig, LoraConfig, PeftConfig, get_peft_model
+from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_rank import SalientLoRAConfig
@@ -28,6 +31,7 @@ from peft_rank import SalientLoRAConfig
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SHAPES = {"4x512": (4, 512), "8x1024": (8, 1024)}
 WARMUP, STEPS = 5, 15
+KEY = ("section", "method", "shape", "rank", "phase", *STEP_OPTIONS)
 
 
 def llama(layers: int = 32) -> LlamaForCausalLM:
@@ -110,41 +114,48 @@ def measure(step: Callable[[], None], steps: int = STEPS, warmup: int = WARMUP) 
         step()
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
-    times = []
+    times, host = [], []
     for _ in range(steps):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin = time.perf_counter()
         start.record()
         step()
         end.record()
+        host.append(1000 * (time.perf_counter() - begin))
         end.synchronize()
         times.append(start.elapsed_time(end))
     spread = statistics.quantiles(times, n=4)
+    peak = torch.cuda.max_memory_allocated()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        step()
+        torch.cuda.synchronize()
     return {
         "ms": round(statistics.median(times), 2),
         "ms_iqr": round(spread[2] - spread[0], 2),
-        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2),
+        "kernels_ms": round(sum(event.self_device_time_total for event in profiled.key_averages()) / 1000, 2),
+        "host_ms": round(statistics.median(host), 2),
+        "peak_gib": round(peak / 2**30, 2),
     }
 
 
-def run(base: LlamaForCausalLM, name: str, config: PeftConfig | None, shape: str, **options: Any) -> dict[str, Any]:
-    row: dict[str, Any] = {"method": name, "shape": shape, **options}
-    steps = options.pop("steps", STEPS)
+def run(base: LlamaForCausalLM, config: PeftConfig | None, shape: str, steps: int, **options: Any) -> dict[str, Any]:
+    step = Step(base, config, shape, **options)
     try:
-        step = Step(base, config, shape, **options)
-        row |= measure(step, steps)
-        step.close()
+        return measure(step, steps)
     except torch.OutOfMemoryError:
-        row["error"] = "out of memory"
+        return {"error": "out of memory"}
+    finally:
         step.close()
-    del step
-    torch._dynamo.reset()
-    gc.collect()
-    torch.cuda.empty_cache()
-    print(row, flush=True)
-    return row
+        del step
+        torch._dynamo.reset()
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
-def methods(base: LlamaForCausalLM) -> list[tuple[str, Any, str, dict[str, Any]]]:
+Plan = list[tuple[str, Any, str, dict[str, Any]]]
+
+
+def methods() -> Plan:
     plan = []
     for shape in SHAPES:
         plan += [
@@ -152,12 +163,12 @@ def methods(base: LlamaForCausalLM) -> list[tuple[str, Any, str, dict[str, Any]]
             ("LoRA", LoraConfig(r=16, lora_alpha=16, target_modules=LINEARS), shape, {}),
             ("LoRA", LoraConfig(r=16, lora_alpha=16, target_modules=LINEARS), shape, {"adapter_dtype": "bfloat16"}),
             ("SalientLoRA", salient(16, 8), shape, {}),
-            ("AdaLoRA", adalora(16, 8), shape, {"steps": 8}),
+            ("AdaLoRA", adalora(16, 8), shape, {}),
         ]
     return plan
 
 
-def modes(base: LlamaForCausalLM) -> list[tuple[str, Any, str, dict[str, Any]]]:
+def modes() -> Plan:
     plan = []
     for mode in ({"gradient_checkpointing": True}, {"autocast": True}, {"compile": True}):
         plan += [
@@ -168,33 +179,30 @@ def modes(base: LlamaForCausalLM) -> list[tuple[str, Any, str, dict[str, Any]]]:
     return plan
 
 
-def ranks(base: LlamaForCausalLM) -> list[tuple[str, Any, str, dict[str, Any]]]:
+def ranks() -> Plan:
     plan = [("floor", None, "4x512", {})]
     for r, target in ((16, 8), (64, 16), (128, 32), (480, 64)):
         plan += [
-            ("SalientLoRA", salient(r, target), "4x512", {"steps": 8}),
-            ("LoRA", LoraConfig(r=r, lora_alpha=r, target_modules=LINEARS), "4x512", {"steps": 8}),
-            ("AdaLoRA", adalora(r, target), "4x512", {"steps": 5}),
+            ("SalientLoRA", salient(r, target), "4x512", {"rank": r}),
+            ("LoRA", LoraConfig(r=r, lora_alpha=r, target_modules=LINEARS), "4x512", {"rank": r}),
+            ("AdaLoRA", adalora(r, target), "4x512", {"rank": r}),
         ]
     return plan
 
 
-def shrinking(base: LlamaForCausalLM) -> list[dict[str, Any]]:
+def shrinking(base: LlamaForCausalLM, results: Results) -> None:
     """One run from 64 ranks to 8: the step before the first and after the last decision."""
     step = Step(base, salient(64, 8, allocation_steps=60), "4x512")
-    rows = []
     for phase, warmup in (("before", 1), ("after", 75)):
         timing = measure(step, steps=5, warmup=warmup)
         trained = [p for p in step.model.parameters() if p.requires_grad]
         moments = [v for state in step.optimizer.state.values() for v in state.values() if torch.is_tensor(v)]
-        row = {"method": "SalientLoRA", "shape": "4x512", "phase": phase, **timing}
+        row = {"section": "shrinking", "method": "SalientLoRA", "shape": "4x512", "phase": phase, **timing}
         row["parameters"] = sum(p.numel() for p in trained)
         row["optimizer_mib"] = round(sum(v.numel() * v.element_size() for v in moments) / 2**20, 1)
-        row["rank"] = step.model.base_model.rank_summary()["rank/total"]
-        rows.append(row)
-        print(row, flush=True)
+        row["total_rank"] = step.model.base_model.rank_summary()["rank/total"]
+        results.add(row)
     step.close()
-    return rows
 
 
 def no_synchronisation(base: LlamaForCausalLM) -> None:
@@ -222,18 +230,25 @@ def main() -> None:
     parser = argument_parser(__doc__, "training_step")
     parser.add_argument("--sections", nargs="+", default=[*SECTIONS, "shrinking"], choices=[*SECTIONS, "shrinking"])
     parser.add_argument("--layers", type=int, default=32, help="fewer layers for a quick look")
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no row after that")
     args = parser.parse_args()
     torch.manual_seed(0)
-    base = llama(args.layers)
-    rows: list[dict[str, Any]] = []
+    base, deadline = llama(args.layers), Deadline(args.seconds)
     no_synchronisation(base)
+    settings = {"layers": args.layers, "linears": LINEARS, "steps": STEPS, "no_synchronisation_per_step": True}
+    results = Results(args.output, KEY, **settings)
     for section in args.sections:
         if section == "shrinking":
-            rows += [{"section": section, **row} for row in shrinking(base)]
-        else:
-            for name, config, shape, options in SECTIONS[section](base):
-                rows.append({"section": section, **run(base, name, config, shape, **options)})
-        store(args.output, rows, layers=args.layers, linears=LINEARS, steps=STEPS, no_synchronisation_per_step=True)
+            held = results.find({"section": section, "method": "SalientLoRA", "shape": "4x512", "phase": "after"})
+            if not held and deadline.left() > 0:
+                shrinking(base, results)
+            continue
+        for name, config, shape, options in SECTIONS[section]():
+            row = {"section": section, "method": name, "shape": shape, **options}
+            if results.find(row) is None and deadline.left() > 0:
+                options.pop("rank", None)
+                steps = STEPS if name != "AdaLoRA" else 8
+                results.add(row | run(base, config, shape, steps, **options))
 
 
 if __name__ == "__main__":

@@ -129,7 +129,7 @@ def test_perplexity_of_windows(quality: ModuleType, llama: TinyModel) -> None:
     assert quality.windows(tokenizer, "x" * 20, 30, 8).shape == (2, 8)
 
 
-@pytest.mark.parametrize("allocation", ["uniform", "spectral", "absolute"])
+@pytest.mark.parametrize("allocation", ["uniform", "relative", "absolute"])
 def test_cells_are_what_the_tuner_gives(
     quality: ModuleType, llama: TinyModel, allocation: str, tmp_path: Path
 ) -> None:
@@ -148,7 +148,7 @@ def test_cells_are_what_the_tuner_gives(
         ratio=0.7,
         decomposition="whitening",
         allocation="uniform" if allocation == "uniform" else "spectral",
-        spectral_loss="absolute" if allocation == "absolute" else "relative",
+        spectral_loss=None if allocation == "uniform" else allocation,
         rank_multiple=quality.RANK_MULTIPLE,
         target_modules=list(quality.linears(model)),
     )
@@ -166,6 +166,7 @@ def test_quality_is_cut_short_resumed_and_tabled(
     output = tmp_path / "compression_quality.json"
     settings = {"test_tokens": 20_480, "context": 12, "calibration_tokens": 99}
     arguments = ["--model", "tiny", "--output", str(output), "--decompositions", "whitening", "svd", "--ratios", "0.7"]
+    arguments += ["--allocations", "uniform", "relative"]
 
     def run(*more: str, model: torch.nn.Module = model, **other: Any) -> list[dict[str, Any]]:
         args = quality.parse([*arguments, *more])
@@ -174,7 +175,7 @@ def test_quality_is_cut_short_resumed_and_tabled(
         return json.loads(output.read_text())["rows"]
 
     assert len(run("--seconds", "0")) == 1
-    first = run("--allocations", "spectral")
+    first = run("--allocations", "relative")
     monkeypatch.setattr(quality, "weighted_spectrum", None)  # uniform ranks need none, and spectral ones are there
     whole = run()
     assert whole[:3] == first

@@ -37,6 +37,7 @@ __all__ = [
     "Shape",
     "align_rank",
     "break_even",
+    "comparable",
     "default_multiple",
     "ladder",
     "parameter_budget",
@@ -97,6 +98,17 @@ def uniform_ranks(shapes: Sequence[Shape], budget: int, *, rank_multiple: int | 
     """
     ladders = ladders_within(shapes, budget, rank_multiple)
     return _ranks(ladders, _level_with(ladders, budget))
+
+
+def comparable(values: Tensor, amounts: bool) -> Tensor:
+    """What [`spectral_ranks`] compares modules by.
+
+    Args:
+        values (`Tensor`): Singular values of a weight in the metric of a decomposition, (k,).
+        amounts (`bool`): Take them as they are; otherwise relative to their norm, so that what a rank drops counts as the
+            part of the whole that it is.
+    """
+    return values if amounts else values / torch.linalg.vector_norm(values).clamp(min=torch.finfo(values.dtype).tiny)
 
 
 def spectral_ranks(

@@ -228,6 +228,15 @@ def test_a_relative_budget_does_not_depend_on_the_size_of_weights(llama: TinyMod
     assert "model.layers.0.mlp.up_proj" not in ranks["absolute", 1000]
 
 
+def test_gradients_are_compared_by_amount_and_the_rest_by_parts() -> None:
+    amounts = {method for method in STATISTIC if LowRankConfig(ratio=0.5, decomposition=method).sums_amounts}
+    assert amounts == {"fisher", "fisher_two_sided", "importance", "em", "nesterov", "anderson"}
+    for method in ("fisher", "whitening"):
+        for loss in ("relative", "absolute"):
+            made = LowRankConfig(ratio=0.5, decomposition=method, allocation="spectral", spectral_loss=loss)
+            assert made.sums_amounts == (loss == "absolute")
+
+
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 @pytest.mark.parametrize("decomposition", list(STATISTIC))
 def test_spectral_ranks_and_their_factors(name: str, decomposition: str) -> None:
@@ -241,7 +250,9 @@ def test_spectral_ranks_and_their_factors(name: str, decomposition: str) -> None
     shapes = [tuple(weight.shape) for weight in dense.values()]
     biases = sum(m.bias.numel() for m in targets(tiny.make_model(), tiny).values() if m.bias is not None)
     budget = parameter_budget(shapes, 0.6, others=biases)
-    expected = spectral_ranks([values / values.norm() for values in spectra], shapes, budget, rank_multiple=1)
+    if decomposition in ("svd", "activation", "whitening"):  # the others weigh by gradients, whose unit is the loss
+        spectra = [values / values.norm() for values in spectra]
+    expected = spectral_ranks(spectra, shapes, budget, rank_multiple=1)
     model = get_peft_model(tiny.make_model(), made)
     ranks = get_rank_pattern(model)
     assert ranks == {key: rank for key, rank in zip(dense, expected, strict=True) if rank is not None}

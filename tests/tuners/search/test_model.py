@@ -278,15 +278,16 @@ def test_several_ratios_from_one_search(method: str, llama: TinyModel, tmp_path:
     assert get_rank_pattern(model) == ranks[0.9]
 
 
+@pytest.mark.parametrize("decomposition", ["whitening", "fisher_two_sided"])
 @both_methods
-def test_a_spectral_start_is_the_spectral_allocation(method: str, llama: TinyModel) -> None:
+def test_a_spectral_start_is_the_spectral_allocation(method: str, decomposition: str, llama: TinyModel) -> None:
     """Before the first step, from which the search goes on at its target."""
-    common = {"decomposition": "whitening", "target_modules": list(llama.target_modules), "rank_multiple": 1}
+    common = {"decomposition": decomposition, "target_modules": list(llama.target_modules), "rank_multiple": 1}
     batches = [llama.make_batch(8, seed=9)]
     settings = LowRankConfig(ratio=0.7, allocation="spectral", **common)
     settings.statistics = calibrate(llama.make_model(), batches, config=settings, progress=False)
     fixed = get_peft_model(llama.make_model(), settings)
-    model = searched(method, llama, decomposition="whitening", statistics=settings.statistics, start="spectral")
+    model = searched(method, llama, decomposition=decomposition, statistics=settings.statistics, start="spectral")
     if method == "ars":  # whose features add a little
         nn.init.zeros_(model.base_model._hypernetwork("default").layer_norm.weight)
         nn.init.zeros_(model.base_model._hypernetwork("default").layer_norm.bias)

@@ -106,6 +106,15 @@ class CompressionConfig(AdaptedModulesConfig):
                 f"{type(self.statistics).__name__}."
             )
 
+    @property
+    def sums_amounts(self) -> bool:
+        """Whether modules are compared by the amounts that their ranks drop, or by the parts of their wholes.
+
+        Squared gradients measure what the model loses, in one unit for all of its modules. The other metrics measure
+        weights or outputs, whose sizes say nothing about what they are worth to it.
+        """
+        return STATISTIC[self.decomposition] == "weight_importance"
+
     def to_dict(self) -> dict[str, Any]:
         """The fields without `statistics`, which are run-time only."""
         described = asdict(self.without_statistics())
@@ -182,11 +191,12 @@ class LowRankConfig(CompressionConfig):
             "drop the least, summed over the modules, in the metric of the decomposition."
         },
     )
-    spectral_loss: Literal["relative", "absolute"] = field(
-        default="relative",
+    spectral_loss: Literal["relative", "absolute"] | None = field(
+        default=None,
         metadata={
-            "help": "What `allocation='spectral'` sums up. 'relative': the part of its whole that each module drops. "
-            "'absolute': the amount, which favours modules of large outputs, and can be worse than 'uniform'."
+            "help": "What `allocation='spectral'` sums up. 'absolute': the amount that each module drops, the default where "
+            "gradients are the weights (Fisher and importance, iterative or not). 'relative': the part of its whole, the "
+            "default elsewhere, as amounts there favour modules of large outputs."
         },
     )
 
@@ -195,8 +205,8 @@ class LowRankConfig(CompressionConfig):
         super().__post_init__()
         if self.allocation not in ("uniform", "spectral"):
             raise ValueError(f"`allocation={self.allocation!r}` must be 'uniform' or 'spectral'.")
-        if self.spectral_loss not in ("relative", "absolute"):
-            raise ValueError(f"`spectral_loss={self.spectral_loss!r}` must be 'relative' or 'absolute'.")
+        if self.spectral_loss not in (None, "relative", "absolute"):
+            raise ValueError(f"`spectral_loss={self.spectral_loss!r}` must be 'relative', 'absolute' or None.")
         if self.rank is not None:
             check_int("rank", self.rank, 1)
         if self.ratio is not None:
@@ -217,12 +227,16 @@ class LowRankConfig(CompressionConfig):
                     f"`{name}={getattr(self, name)!r}` is how `ratio` is spent, and there is none: give `ratio` instead of "
                     f"`rank` and `rank_pattern`, or leave `{name}` at {usual!r}."
                 )
-        if self.allocation == "uniform" and self.spectral_loss != "relative":
+        if self.allocation == "uniform" and self.spectral_loss is not None:
             raise ValueError(
                 f"`spectral_loss={self.spectral_loss!r}` has no part in `allocation='uniform'`: set `allocation='spectral'`."
             )
         if self.target_modules is None and self.rank is None and self.ratio is None:
             self.target_modules = _modules_of(self.rank_pattern)
+
+    @property
+    def sums_amounts(self) -> bool:
+        return super().sums_amounts if self.spectral_loss is None else self.spectral_loss == "absolute"
 
 
 def _modules_of(rank_pattern: dict[str, int]) -> set[str] | str:

@@ -25,6 +25,7 @@ from ...allocation.parameters import (
     Shape,
     align_rank,
     break_even,
+    comparable,
     default_multiple,
     parameter_budget,
     spectral_ranks,
@@ -247,13 +248,6 @@ def split_weights(modules: Mapping[str, nn.Module], model: nn.Module, config: Lo
     return over_weights(split, modules, modules, statistics)
 
 
-def comparable(values: Tensor, config: LowRankConfig) -> Tensor:
-    """What ranks of different modules are compared by: of the loss, or of the part of the module's whole that it is."""
-    if config.spectral_loss == "absolute":
-        return values
-    return values / torch.linalg.vector_norm(values).clamp(min=torch.finfo(values.dtype).tiny)
-
-
 def choose_ranks(
     modules: Mapping[str, nn.Module], shapes: Mapping[str, Shape], model: nn.Module, config: LowRankConfig
 ) -> tuple[dict[str, int | None], dict[str, Split]]:
@@ -273,7 +267,7 @@ def choose_ranks(
         ranks = uniform_ranks(sizes, budget, rank_multiple=steps)
     else:
         splits = split_weights(modules, model, config)
-        spectra = [comparable(splits[name].values, config) for name in shapes]
+        spectra = [comparable(splits[name].values, config.sums_amounts) for name in shapes]
         ranks = spectral_ranks(spectra, sizes, budget, rank_multiple=steps)
     return dict(zip(shapes, ranks, strict=True)), splits
 

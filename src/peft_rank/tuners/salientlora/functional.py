@@ -69,7 +69,9 @@ def prepare_updates(factors: Sequence[Factors], scalings: Sequence[float], dtype
         *folded, joined = FoldedFactors.apply(scalings[chunk[0]], dtype, width, *E, *A)
         for i, *pair in zip(chunk, folded, joined.t().split(width, 1), strict=True):
             lows[i] = pair
-    return [PreparedUpdate(B, folded, low, up) for (_, _, B), (folded, low), up in zip(factors, lows, ups, strict=True)]
+    return [
+        PreparedUpdate(B, folded, low, up) for (_, _, B), (folded, low), up in zip(factors, lows, ups, strict=True)
+    ]
 
 
 def _chunks(keys: Sequence[tuple | None], widths: Sequence[int]) -> Iterator[list[int]]:

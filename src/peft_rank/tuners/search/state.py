@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...allocation.masks import EVEN, keep_probability, straight_through
-from ...allocation.parameters import parameter_budget, repair_ranks, spectral_ranks
+from ...allocation.parameters import comparable, parameter_budget, repair_ranks, spectral_ranks
 from ..packing import pack_state, read_state
 from .config import RankSearchConfig
 
@@ -122,7 +122,7 @@ class SearchState:
         Args:
             spectra (`Sequence[Tensor]`): Singular values of every module, (k,).
         """
-        scaled = [values.double().cpu() / values.double().cpu().norm().clamp(min=1e-300) for values in spectra]
+        scaled = [comparable(values.double().cpu(), self.config.sums_amounts) for values in spectra]
         ranks = spectral_ranks(scaled, self.shapes, self.budgets[self.config.ratios[0]], rank_multiple=self.multiples)
         starts = []
         for values, rank in zip(scaled, ranks, strict=True):
