@@ -27,16 +27,18 @@ _STACK_NUMEL = 2**26
 
 def join_ranks(factors: Sequence[torch.Tensor], rank_dim: int, widths: Sequence[int]) -> torch.Tensor:
     """The factors one after another along their ranks, each padded with zeros to its width; in one piece of memory."""
-    parts = []
+    parts, paddings = [], {}
     for factor, width in zip(factors, widths, strict=True):
         parts.append(factor)
         missing = width - factor.shape[rank_dim]
         if missing:
-            shape = list(factor.shape)
-            shape[rank_dim] = missing
-            numel = math.prod(shape)
-            zeros = _zeros(1 << (numel - 1).bit_length(), factor.device, factor.dtype)
-            parts.append(zeros[:numel].view(shape))
+            if missing not in paddings:  # a model has hundreds of factors, and few differences
+                shape = list(factor.shape)
+                shape[rank_dim] = missing
+                numel = math.prod(shape)
+                zeros = _zeros(1 << (numel - 1).bit_length(), factor.device, factor.dtype)
+                paddings[missing] = zeros[:numel].view(shape)
+            parts.append(paddings[missing])
     return torch.cat(parts, rank_dim)
 
 

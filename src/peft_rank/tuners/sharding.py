@@ -12,7 +12,9 @@ import torch
 import torch.distributed as dist
 
 
-if dist.is_available():
+_AVAILABLE = dist.is_available()  # kept, like what else is asked of hundreds of tensors in every step
+
+if _AVAILABLE:
     from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor, Shard
 
@@ -25,7 +27,7 @@ def is_sharded(tensor: torch.Tensor) -> bool:
     Raises:
         RuntimeError: If it is distributed in another way: by columns, or over several dimensions of devices.
     """
-    if not dist.is_available() or not isinstance(tensor, DTensor):
+    if not _AVAILABLE or not isinstance(tensor, DTensor):
         return False
     if tensor.device_mesh.ndim != 1 or tensor.placements != ROWS:
         raise RuntimeError(
@@ -35,13 +37,11 @@ def is_sharded(tensor: torch.Tensor) -> bool:
     return True
 
 
-@torch.no_grad()
 def own_part(tensor: torch.Tensor) -> torch.Tensor:
     """What this process holds of a tensor, in the same memory."""
-    return tensor.to_local() if is_sharded(tensor) else tensor
+    return tensor.detach().to_local() if is_sharded(tensor) else tensor
 
 
-@torch.no_grad()
 def own_rows(full: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Of a full tensor, what this process would hold if it were sharded as `like` is."""
     if not is_sharded(like):
@@ -49,7 +49,7 @@ def own_rows(full: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     processes, rank = _place(like.device_mesh)
     rows = math.ceil(len(full) / processes)
     # with offload, the parts are in another memory than what is gathered
-    return full[rows * rank : rows * (rank + 1)].to(like.to_local().device)
+    return full[rows * rank : rows * (rank + 1)].to(like.detach().to_local().device)
 
 
 @cache

@@ -153,13 +153,13 @@ class SalientLoRATraining(AdaptiveRankTuner):
     def _gathered(self, adapter_name: str) -> Iterator[None]:
         """All factors of the adapter in full, where an engine holds shards of them."""
         layers = self.adapter_layers(adapter_name).values()
-        parameters = [getattr(layer, a)[adapter_name] for layer in layers for a in layer.adapter_layer_names]
+        parameters = [factor for layer in layers for factor in layer.stored(adapter_name)]
         with gather_params_ctx(parameters, modifier_rank=None):
             yield
 
     def _refuse_sharded(self, adapter_name: str) -> None:
         for name, layer in self.adapter_layers(adapter_name).items():
-            if layer.salientlora_A[adapter_name].dim() != 2:
+            if layer.stored(adapter_name).A.dim() != 2:
                 raise RuntimeError(
                     f"The factors of {name} are sharded, so that their gradient cannot be added to here. Call "
                     "`arm_regularization()` before the first forward of every optimizer step instead."
