@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from peft_rank import SalientLoRAConfig
 from peft_rank.allocation.salience import salience_scores
-from peft_rank.orthogonality import orthogonality
+from peft_rank.orthogonality import orthogonality, orthogonality_gradient
 from peft_rank.tuners.salientlora import allocator as salient_allocator
 
 
@@ -148,11 +148,13 @@ class StackedTraining:
         if self.adalora:
             self._follow_adalora()
         factors = lr_factors or [{}] * self.count
-        peaks = [lr * factors[k].get(kind, 1.0) for kind in self.leaves for k, lr in enumerate(lrs)]
-        self.peaks = torch.tensor(peaks, device=self.device)
+        by_peak: dict[float, list[nn.Parameter]] = {}
+        for kind, leaves in self.leaves.items():
+            for k, leaf in enumerate(leaves):
+                by_peak.setdefault(lrs[k] * factors[k].get(kind, 1.0), []).append(leaf)
+        self.peaks = torch.tensor(list(by_peak), device=self.device)
         self.lrs = self.peaks.clone()
-        leaves = chain.from_iterable(self.leaves.values())
-        groups = [{"params": [leaf], "lr": lr} for leaf, lr in zip(leaves, self.lrs.unbind(), strict=True)]
+        groups = [{"params": part, "lr": lr} for part, lr in zip(by_peak.values(), self.lrs.unbind(), strict=True)]
         self.optimizer = torch.optim.AdamW(groups, weight_decay=0.0, capturable=self.cuda, fused=self.cuda)
         self.batch = {key: value[orders[:, 0].flatten()] for key, value in rows.items()}
         self.graph = self._capture() if self.cuda else None
@@ -230,25 +232,15 @@ class StackedTraining:
         if self.adalora:
             loss = loss + self._regularizer_of_adalora()
         loss.backward()
-        if self.salient:
-            for tuner, views in zip(self.tuners, self._gradients(), strict=True):
-                tuner.add_regularization_gradient()
-                for parameter in views:
-                    parameter.grad = None
+        if self.salient and bool(self.orth_reg_weights.any()):
+            self._add_regularization_gradient()
         self.optimizer.step()
         if self.salient:
             with torch.no_grad():
                 self.values = torch.stack(list(self.leaves["E"])) * self.masks
-                self.regularizers = torch.stack([orthogonality(*tuner._factors(ADAPTER)) for tuner in self.tuners])
+                self.regularizers = torch.vmap(orthogonality)(*self._factors_of_salientlora())
         if self.adalora:
             self._update_importance()
-
-    def _gradients(self) -> Iterator[list[nn.Parameter]]:
-        """Of each training its parameters, their gradients views of the stacked ones."""
-        for k, views in enumerate(self.views):
-            for parameter, kind, part in views:
-                parameter.grad = self.leaves[kind][k].grad[part].view(parameter.shape)
-            yield [parameter for parameter, _, _ in views]
 
     def _capture(self) -> torch.cuda.CUDAGraph:
         leaves = list(chain.from_iterable(self.leaves.values()))
@@ -323,6 +315,27 @@ class StackedTraining:
                 self.tuners[k].allocator(name).record([self.values[k]], self.regularizers[k])
 
             tuner._record = record
+        weights = [config.orth_reg_weight for config in self.configs]
+        self.orth_reg_weights = torch.tensor(weights)
+        self.weights_on_device = self.orth_reg_weights.to(self.device)
+
+    def _factors_of_salientlora(self) -> list[list[Tensor]]:
+        """A, B and the masks of all modules, each with the trainings in front."""
+        stacks = [(kind, torch.stack([leaf.detach() for leaf in self.leaves[kind]])) for kind in "AB"]
+        factors = []
+        for kind, stack in [*stacks, ("E", self.masks)]:
+            places = self.places[kind]
+            pieces = stack.split([place.shape.numel() for place in places], 1)
+            factors.append([piece.view(self.count, *place.shape) for piece, place in zip(pieces, places, strict=True)])
+        return factors
+
+    def _add_regularization_gradient(self) -> None:
+        """As each tuner's `add_regularization_gradient`."""
+        factors = self._factors_of_salientlora()
+        gradients = torch.vmap(orthogonality_gradient)(*factors, self.weights_on_device)
+        for kind, pieces in zip("AB", gradients, strict=True):
+            rows = torch.cat([piece.flatten(1) for piece in pieces], 1)
+            torch._foreach_add_([leaf.grad for leaf in self.leaves[kind]], list(rows.unbind()))
 
     # --- AdaLoRA ----------------------------------------------------------------------------------------------------
 

@@ -49,7 +49,8 @@ def make_models(trainings: ModuleType, tiny: TinyModel, method: str) -> list[Pef
     for seed in (0, 1):
         torch.manual_seed(seed)
         options = {"target_modules": ["query", "value"], "modules_to_save": ["pooler", "classifier"]}
-        config = trainings.make_config(method, 2, STEPS, WINDOWS, task_type="SEQ_CLS", **options)
+        overrides = WINDOWS | {"orth_reg_weight": (0.3, 0.1)[seed]}
+        config = trainings.make_config(method, 2, STEPS, overrides, task_type="SEQ_CLS", **options)
         models.append(get_peft_model(tiny.make_model(), config))
     return models
 

@@ -123,7 +123,7 @@ def orthogonality(
     total = torch.zeros((), dtype=torch.float32, device=down[0].device)
     for rank_dim, factors in enumerate((down, up)):
         for _, stack, masks in _stacks(factors, alive or [None] * len(down), rank_dim):
-            total += _residual(stack, masks, rank_dim)[1].sum().to(total.device)
+            total = total + _residual(stack, masks, rank_dim)[1].sum().to(total.device)
     return total / (2 * len(down))
 
 
