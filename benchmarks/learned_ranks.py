@@ -3,12 +3,12 @@
 
     python benchmarks/learned_ranks.py --model DIR --data DIR          # DIR/<name>/<split>.jsonl.gz
 
-Compresses the decoder's linears by whitening, with one set of statistics and one text for all methods: what fixed ranks
-are calibrated on is what the searches draw their batches from. Measures perplexity on the first tokens of the test text,
-zero-shot accuracy by length-normalised likelihood, the time of the search, and both again after healing: some steps of
-plain training of the factors on the same text. Ranks are multiples of 8. Fixed ranks depend on no seed, their healing
-does. Weights are in float32, searches and healing under bfloat16 autocast on a GPU. Searches start at the spectral budget;
-their learning rate falls to a twentieth in the second half.
+Compresses the decoder's linears, by whitening unless told otherwise, with one set of statistics and one text for all
+methods: what fixed ranks are calibrated on is what the searches draw their batches from. Measures perplexity on the first
+tokens of the test text, zero-shot accuracy by length-normalised likelihood, the time of the search, and both again after
+healing: some steps of plain training of the factors on the same text. Ranks are multiples of 8. Fixed ranks depend on no
+seed, their healing does. Weights are in float32, searches and healing under bfloat16 autocast on a GPU. Searches start at
+the spectral budget; their learning rate falls to a twentieth in the second half.
 
 Every result is stored as soon as it is there; with --resume what is in the file is not measured again. With --seconds no
 result is begun that would take longer than what is left, judged by those before it.
@@ -43,6 +43,7 @@ from peft_rank import (
     calibrate,
     get_rank_pattern,
 )
+from peft_rank.decomposition import ITERATIVE, STATISTIC
 
 
 METHODS = ("uniform", "spectral", "ars", "l2lrc")
@@ -137,9 +138,11 @@ class Study:
 
     def settings(self) -> dict[str, Any]:
         """What every compression has in common."""
-        common = {"decomposition": "whitening", "target_modules": self.targets, "rank_multiple": RANK_MULTIPLE}
+        common = {"target_modules": self.targets, "rank_multiple": RANK_MULTIPLE}
+        common["decomposition"] = self.args.decomposition
         if self._statistics is None:
-            batches = [{"input_ids": ids, "use_cache": False} for ids in self.train.split(self.args.batch)]
+            parts = self.train.split(self.args.batch)
+            batches = [{"input_ids": ids, "labels": ids, "use_cache": False} for ids in parts]
             config = LowRankConfig(rank=1, **common)
             self._statistics = calibrate(self.model, batches, config=config, progress=False)
         return {**common, "statistics": self._statistics}
@@ -267,6 +270,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--ratios", nargs="+", type=float, default=[0.9, 0.8])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    closed = [method for method in STATISTIC if method not in ITERATIVE]
+    parser.add_argument("--decomposition", default="whitening", choices=closed)
     parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--test-tokens", type=int, default=20_480)
     parser.add_argument("--train-tokens", type=int, default=1_048_576, help="of calibration, search and healing")

@@ -257,18 +257,19 @@ def learned_ranks_encoder(result: dict[str, Any], ratio: float) -> str:
 def learned() -> list[str]:
     """The parts about learned ranks, as far as they have been measured."""
     parts = []
-    for name, make in (("learned_ranks", learned_ranks), ("learned_ranks_encoder", learned_ranks_encoder)):
+    for name in ("learned_ranks", "learned_ranks_fisher", "learned_ranks_encoder"):
         path = RESULTS / f"{name}.json"
         if path.exists():
             result = json.loads(path.read_text())
             settings = result["settings"]
-            what = {
-                "learned_ranks": "the decoder's linears, whitening, WikiText-2; searched, calibrated and healed on the same "
-                "text",
-                "learned_ranks_encoder": "all linears of the encoder, before and after training again",
-            }[name]
+            make, title = learned_ranks, "perplexity and accuracy"
+            if name == "learned_ranks_encoder":
+                make, title = learned_ranks_encoder, "GLUE"
+                what = "all linears of the encoder, before and after training again"
+            else:
+                what = f"the decoder's linears, {COMPRESSION[settings['decomposition']]}, WikiText-2; searched, calibrated "
+                what += "and healed on the same text"
             note = f"{settings['model']}, {what}. Mean and standard deviation over {len(settings['seeds'])} seed(s).\n"
-            title = "perplexity and accuracy" if name == "learned_ranks" else "GLUE"
             parts += [f"## Learned ranks: {title}\n", note, origin(result)]
             for ratio in settings["ratios"]:
                 parts += [f"### Ratio {ratio}\n", make(result, ratio)]
