@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -14,6 +15,15 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
     """The dtype that a linear layer multiplies `x` in."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
+def without_autocast(device: str) -> AbstractContextManager:
+    """Autocast off on a type of device. Where it is off already nothing is entered, which takes longer than a product's
+    launch."""
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _AS_IT_IS
+
+
+_AS_IT_IS = nullcontext()
 
 
 class AddToGradient(Function):

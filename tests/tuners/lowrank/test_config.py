@@ -32,7 +32,10 @@ from tiny_models import TinyModel
         ({"rank": 4, "decomposition": "pca"}, "`decomposition='pca'` must be one of svd, activation, fisher"),
         ({"rank": 4, "alpha": -1}, "`alpha=-1` must be a number of 0 or more"),
         ({"rank": 4, "allocation": "learned"}, "`allocation='learned'` must be 'uniform' or 'spectral'"),
-        ({"ratio": 0.5, "spectral_loss": "squared"}, "`spectral_loss='squared'` must be 'relative', 'absolute' or None"),
+        (
+            {"ratio": 0.5, "spectral_loss": "squared"},
+            "`spectral_loss='squared'` must be 'relative', 'absolute' or None",
+        ),
         (
             {"rank": 4, "allocation": "spectral"},
             "`allocation='spectral'` is how `ratio` is spent, and there is none: give",

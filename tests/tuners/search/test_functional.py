@@ -42,7 +42,8 @@ def test_value_and_gradients(tokens: int, compact: bool, bias: bool) -> None:
     (rows, kept), *_ = needed_rows(soft, hard[None], [K])
     assert kept == int(hard.sum())
     assert len(rows) < K
-    result = MaskedProduct.apply(x, hard, given["down"], given["up"], added, *((rows, kept) if compact else (None, 0)))
+    needed = (rows, kept) if compact else (None, 0)
+    result = MaskedProduct.apply(x, hard, hard.detach(), given["down"], given["up"], added, *needed)
     found = torch.autograd.grad((result * given["weight"]).sum(), [x, logits], retain_graph=True)
 
     expected = ((x @ given["down"].T) * hard) @ given["up"] + (0 if added is None else added)
@@ -71,7 +72,7 @@ def test_half_precision(how: str) -> None:
     x, logits = given["x"].requires_grad_(), given["logits"].requires_grad_()
     _, hard = _masks(logits.float())
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=how == "autocast"):
-        result = MaskedProduct.apply(x, hard, given["down"], given["up"], given["bias"], None, 0)
+        result = MaskedProduct.apply(x, hard, hard.detach(), given["down"], given["up"], given["bias"], None, 0)
     assert result.dtype == torch.bfloat16
     (result.float() * given["weight"].float()).sum().backward()
     assert x.grad.dtype == x.dtype
@@ -86,7 +87,8 @@ def test_half_precision(how: str) -> None:
 def test_factors_get_no_gradient_and_no_input_gradient_is_computed_in_vain() -> None:
     given = _problem(6)
     logits = given["logits"].requires_grad_()
-    result = MaskedProduct.apply(given["x"], _masks(logits)[1], given["down"], given["up"], None, None, 0)
+    _, hard = _masks(logits)
+    result = MaskedProduct.apply(given["x"], hard, hard.detach(), given["down"], given["up"], None, None, 0)
     result.sum().backward()
     assert logits.grad is not None
     assert given["x"].grad is given["down"].grad is given["up"].grad is None

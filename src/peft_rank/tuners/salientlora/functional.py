@@ -5,7 +5,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
@@ -14,6 +13,8 @@ from torch.autograd import Function
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from peft_rank.orthogonality import join_ranks
+
+from ..functional import without_autocast
 
 
 # a product of half-precision matrices can be stored in float32 without a second pass
@@ -157,7 +158,7 @@ class LinearWithUpdate(Function):
         low: torch.Tensor,
         up: torch.Tensor,
     ) -> torch.Tensor:
-        with _without_autocast(x.device.type):
+        with without_autocast(x.device.type):
             dtype = low.dtype
             rows = x.reshape(-1, x.shape[-1])  # (tokens, in)
             # each for itself: under autocast a half-precision activation meets a float32 weight
@@ -182,7 +183,7 @@ class LinearWithUpdate(Function):
         rows, weight, low, up, hidden = ctx.saved_tensors
         needs_x, _, _, needs_B, needs_low, _, _ = ctx.needs_input_grad
         grad_x = grad_B = grad_low = None
-        with _without_autocast(grad_output.device.type):
+        with without_autocast(grad_output.device.type):
             grad = grad_output.reshape(-1, grad_output.shape[-1])  # (tokens, out)
             if needs_x or needs_low:
                 grad_hidden = torch.mm(grad, up.t())  # (tokens, r)
@@ -203,13 +204,6 @@ def _product(a: torch.Tensor, b: torch.Tensor, dtype: torch.dtype) -> torch.Tens
     if _MM_HAS_OUT_DTYPE and a.is_cuda and dtype == torch.float32:
         return torch.mm(a, b, out_dtype=dtype)
     return torch.mm(a, b).to(dtype)
-
-
-def _without_autocast(device: str) -> AbstractContextManager:
-    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _AS_IT_IS
-
-
-_AS_IT_IS = nullcontext()
 
 
 class MaskRanks(Function):

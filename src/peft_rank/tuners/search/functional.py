@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from ..functional import compute_dtype
+from ..functional import compute_dtype, without_autocast
 
 
 SLOPE_THRESHOLD = 2.0**-10
@@ -26,11 +26,13 @@ class StepMask(NamedTuple):
 
     Attributes:
         hard (`Tensor`): (k,), 0 or 1, float32, with the gradient of the soft mask.
+        cast (`Tensor`): Its values in the dtype of the products.
         rows (`Tensor`, *optional*): (n,) int64: the ranks that the step needs, those in the mask first; None for all.
         kept (`int`): How many of `rows` are in the mask.
     """
 
     hard: Tensor
+    cast: Tensor
     rows: Tensor | None
     kept: int
 
@@ -80,7 +82,7 @@ class MaskedProduct(Function):
     products of a step are all. The mask multiplies whichever is smaller, hidden states or a factor. With `rows`, ranks
     outside of them are in no product, and forward and the gradient of x take the masked-in ones alone.
 
-    Shapes: x (..., in), hard (k,), down (k, in), up (k, out), bias (out,) or None.
+    Shapes: x (..., in), hard and cast (k,), down (k, in), up (k, out), bias (out,) or None.
     """
 
     @staticmethod
@@ -88,6 +90,7 @@ class MaskedProduct(Function):
         ctx: FunctionCtx,
         x: Tensor,
         hard: Tensor,
+        cast: Tensor,
         down: Tensor,
         up: Tensor,
         bias: Tensor | None,
@@ -95,46 +98,51 @@ class MaskedProduct(Function):
         kept: int,
     ) -> Tensor:
         dtype = compute_dtype(x)
-        with torch.autocast(x.device.type, enabled=False):
-            flat = x.reshape(-1, x.shape[-1]).to(dtype)  # (tokens, in)
+        with without_autocast(x.device.type):
+            flat = _in(dtype, x.reshape(-1, x.shape[-1]))  # (tokens, in)
             if rows is None:
-                hidden = flat @ down.to(dtype).T  # (tokens, k)
-                mask = hard.to(dtype)
-                result = _product(hidden, mask, up.to(dtype))
+                hidden = torch.mm(flat, _in(dtype, down).t())  # (tokens, k)
+                result = _product(hidden, _in(dtype, cast), _in(dtype, up))
             else:
-                hidden = flat @ down.index_select(0, rows).to(dtype).T  # (tokens, n)
-                result = hidden[:, :kept] @ up.index_select(0, rows[:kept]).to(dtype)
+                hidden = torch.mm(flat, _in(dtype, down.index_select(0, rows)).t())  # (tokens, n)
+                result = torch.mm(hidden[:, :kept], _in(dtype, up.index_select(0, rows[:kept])))
             if bias is not None:
-                result += bias.to(dtype)
-        ctx.save_for_backward(hidden, hard, down, up, rows)
-        ctx.kept, ctx.shape, ctx.input_dtype = kept, x.shape, x.dtype
+                result += _in(dtype, bias)
+        ctx.save_for_backward(hidden, cast, down, up, rows)
+        ctx.kept, ctx.shape, ctx.input_dtype, ctx.mask_dtype = kept, x.shape, x.dtype, hard.dtype
         return result.view(*x.shape[:-1], up.shape[1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor):
-        hidden, hard, down, up, rows = ctx.saved_tensors
+        hidden, cast, down, up, rows = ctx.saved_tensors
+        dtype = hidden.dtype
         grad_x = grad_hard = None
-        with torch.autocast(grad_output.device.type, enabled=False):
-            grad = grad_output.reshape(-1, grad_output.shape[-1]).to(hidden.dtype)  # (tokens, out)
+        with without_autocast(grad_output.device.type):
+            grad = _in(dtype, grad_output.reshape(-1, grad_output.shape[-1]))  # (tokens, out)
             selected = up if rows is None else up.index_select(0, rows)
-            grad_hidden = grad @ selected.to(grad.dtype).T  # (tokens, k or n)
+            grad_hidden = torch.mm(grad, _in(dtype, selected).t())  # (tokens, k or n)
             if ctx.needs_input_grad[1]:
-                grad_hard = torch.sum(hidden * grad_hidden, dim=0, dtype=hard.dtype)
+                grad_hard = torch.sum(hidden * grad_hidden, dim=0, dtype=ctx.mask_dtype)
                 if rows is not None:
-                    grad_hard = torch.zeros_like(hard).index_copy_(0, rows, grad_hard)
+                    grad_hard = grad_hard.new_zeros(len(cast)).index_copy_(0, rows, grad_hard)
             if ctx.needs_input_grad[0]:
                 if rows is None:
-                    grad_x = _product(grad_hidden, hard.to(grad.dtype), down.to(grad.dtype))
+                    grad_x = _product(grad_hidden, _in(dtype, cast), _in(dtype, down))
                 else:
                     kept = rows[: ctx.kept]
-                    grad_x = grad_hidden[:, : ctx.kept] @ down.index_select(0, kept).to(grad.dtype)
-                grad_x = grad_x.view(ctx.shape).to(ctx.input_dtype)
-        return grad_x, grad_hard, None, None, None, None, None
+                    grad_x = torch.mm(grad_hidden[:, : ctx.kept], _in(dtype, down.index_select(0, kept)))
+                grad_x = _in(ctx.input_dtype, grad_x.view(ctx.shape))
+        return grad_x, grad_hard, None, None, None, None, None, None
+
+
+def _in(dtype: torch.dtype, tensor: Tensor) -> Tensor:
+    """The tensor in that dtype; asking first is faster than a cast that does nothing."""
+    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _product(hidden: Tensor, mask: Tensor, factor: Tensor) -> Tensor:
     """(hidden * mask) @ factor for hidden (tokens, k), mask (k,), factor (k, n)."""
     if hidden.shape[0] <= factor.shape[1]:
-        return (hidden * mask) @ factor
-    return hidden @ (factor * mask[:, None])
+        return torch.mm(hidden * mask, factor)
+    return torch.mm(hidden, factor * mask[:, None])

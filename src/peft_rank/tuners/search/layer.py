@@ -58,8 +58,9 @@ class SearchLayer(nn.Module, RankLayer):
 
     @property
     def searching(self) -> bool:
-        """Whether the ranks are not final yet."""
-        return isinstance(self.factors, SearchFactors)
+        """Whether the ranks are not final yet. Asked of every layer several times a step: `nn.Module` itself takes ten times
+        as long to find a submodule."""
+        return isinstance(self._modules.get("factors"), SearchFactors)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -153,8 +154,9 @@ class SearchLayer(nn.Module, RankLayer):
         hard = step.hard
         if hard.requires_grad and not self._reached:
             hard.register_hook(self._take_note)
-        down, up = self.factors.down, self.factors.up
-        return MaskedProduct.apply(x, hard, down, up, self.base_layer.bias, step.rows, step.kept)
+        factors = self._modules["factors"]._parameters
+        bias = self._modules["base_layer"]._parameters["bias"]
+        return MaskedProduct.apply(x, hard, step.cast, factors["down"], factors["up"], bias, step.rows, step.kept)
 
     def _take_note(self, gradient: Tensor) -> None:
         self._reached = True

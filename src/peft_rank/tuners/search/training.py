@@ -18,7 +18,7 @@ from transformers.trainer_pt_utils import get_model_param_count
 
 from ...allocation.masks import gumbel_mask, keep_probability, uniform_noise
 from ..adaptive import AdaptiveRankTuner, ShrinkPolicy, add_to_gradients, check_step
-from ..functional import AddToGradient
+from ..functional import AddToGradient, compute_dtype
 from ..lowrank.entry import record_compression
 from ..lowrank.final import settle_trained_modules
 from ..names import exact_pattern
@@ -121,11 +121,17 @@ class RankSearchTraining(AdaptiveRankTuner):
         if name in self._armed and torch.is_grad_enabled():
             logits = AddToGradient.apply(logits, self._armed, name, 0)
         soft, hard = self._draw(name, logits)
-        rows = needed_rows(soft, hard, self._states[name].sizes)
+        sizes = self._states[name].sizes
+        rows = needed_rows(soft, hard, sizes)
         self._selected_from = None
+        cast = hard.detach().to(compute_dtype(next(iter(layers.values())).factors.up))
         # unbound, whose backward is one kernel for all modules
-        for layer, mask, needed in zip(layers.values(), hard.unbind(0), rows, strict=True):
-            layer.begin_step(StepMask(mask[: min(layer.shape)], *needed))
+        parts = zip(layers.values(), hard.unbind(0), cast.unbind(0), sizes, rows, strict=True)
+        for layer, mask, values, size, needed in parts:
+            # a slice has a node of its own, which only a gradient of this module reaches
+            if size < len(mask) or not layer._reached:
+                mask, values = mask[:size], values[:size]
+            layer.begin_step(StepMask(mask, values, *needed))
 
     def _check_checkpointing(self) -> None:
         """Reentrant checkpointing goes backward once for every block, and the first of them would free the graph of the
