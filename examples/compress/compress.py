@@ -267,8 +267,8 @@ def check_worth_healing(before: dict[str, float], after: dict[str, float], most:
     if not grown <= most:
         raise ValueError(
             f"Perplexity grew from {before['perplexity']:.4g} to {after['perplexity']:.4g}, more than {most:g} times: too "
-            "much is lost to be healed. Raise --ratio, choose a decomposition that knows the data (whitening), calibrate on "
-            "more of it, or raise --max_damage."
+            "much is lost to be healed. Raise --ratio, choose a decomposition that knows the data (fisher_two_sided, "
+            "whitening), calibrate on more of it, or raise --max_damage."
         )
 
 
