@@ -51,7 +51,7 @@ TASKS = {
     "qnli": Task(10_000, 1, 80, "accuracy"),
 }
 TARGETS = ["query", "key", "value", "attention.output.dense", "intermediate.dense", "output.dense"]
-BATCH = 32
+BATCH, EVALUATED = 32, 1024
 
 
 class Data:
@@ -129,8 +129,8 @@ class Trainer(StackTrainer):
     def evaluate(self, model: PeftModel, task: str) -> dict[str, float]:
         validation, logits = self.data(task).validation, []
         labels = validation["labels"].cpu().numpy()
-        for start in range(0, len(labels), 256):
-            batch = {key: value[start : start + 256] for key, value in validation.items() if key != "labels"}
+        for start in range(0, len(labels), EVALUATED):
+            batch = {key: value[start : start + EVALUATED] for key, value in validation.items() if key != "labels"}
             logits.append(model(**batch).logits.float().cpu())
         return {"metric": score(TASKS[task].metric, torch.cat(logits).numpy(), labels)}
 
