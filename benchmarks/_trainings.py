@@ -18,7 +18,8 @@ from typing import Any
 
 import torch
 from _common import RESULTS, environment
-from _stacked import Losses, Scores, StackedTraining, share
+from _stacked import Losses, Scores, StackedTraining
+from _stacked_parts import share
 from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
