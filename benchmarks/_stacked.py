@@ -144,23 +144,27 @@ class StackedTraining:
 
     def _place_factors(self) -> None:
         """Cuts the stacked vectors into the modules' factors, E and the scaling in A."""
-        dtype = self.dtype
         stacks = {kind: torch.stack(leaves) for kind, leaves in self.leaves.items()}
         if "E" in stacks:
             stacks["E"] = stacks["E"] * self.scalings * (self.masks if self.salient else 1.0)
         pieces: dict[tuple[str, str], Tensor] = {}
         for kind, stack in stacks.items():
-            stack = stack.to(dtype) if kind in ("B", "other") else stack
-            sizes = [place.shape.numel() for place in self.places[kind]]
-            for place, piece in zip(self.places[kind], stack.split(sizes, 1), strict=True):
-                pieces[place.module, place.part] = piece.view(self.count, *place.shape)
+            stack = stack.to(self.dtype) if kind in ("B", "other") else stack
+            for place, piece in zip(self.places[kind], self._cut(kind, stack), strict=True):
+                pieces[place.module, place.part] = piece
         for name, module in self.modules.items():
             if module.base is None:
                 module.parts = {part: pieces[name, part] for part in ("weight", "bias")}
                 continue
             factor = pieces.get((name, "E"), self.scalings)
             down = pieces[name, "A"] * factor.view(self.count, -1, 1)
-            module.parts = {"down": down.to(dtype), "up": pieces[name, "B"]}
+            module.parts = {"down": down.to(self.dtype), "up": pieces[name, "B"]}
+
+    def _cut(self, kind: str, stack: Tensor) -> list[Tensor]:
+        """(K, n) of all modules as (K, *shape) of each."""
+        shapes = [place.shape for place in self.places[kind]]
+        pieces = stack.split([shape.numel() for shape in shapes], 1)
+        return [piece.view(self.count, *shape) for piece, shape in zip(pieces, shapes, strict=True)]
 
     # --- one step ---------------------------------------------------------------------------------------------------
 
@@ -173,7 +177,7 @@ class StackedTraining:
         if self.adalora:
             loss = loss + self._regularizer_of_adalora()
         loss.backward()
-        if self.salient and bool(self.orth_reg_weights.any()):
+        if self.salient and any(config.orth_reg_weight for config in self.configs):
             self._add_regularization_gradient()
         self.optimizer.step()
         if self.salient:
@@ -257,23 +261,17 @@ class StackedTraining:
 
             tuner._record = record
         weights = [config.orth_reg_weight for config in self.configs]
-        self.orth_reg_weights = torch.tensor(weights)
-        self.weights_on_device = self.orth_reg_weights.to(self.device)
+        self.orth_reg_weights = torch.tensor(weights, device=self.device)
 
     def _factors_of_salientlora(self) -> list[list[Tensor]]:
         """A, B and the masks of all modules, each with the trainings in front."""
-        stacks = [(kind, torch.stack([leaf.detach() for leaf in self.leaves[kind]])) for kind in "AB"]
-        factors = []
-        for kind, stack in [*stacks, ("E", self.masks)]:
-            places = self.places[kind]
-            pieces = stack.split([place.shape.numel() for place in places], 1)
-            factors.append([piece.view(self.count, *place.shape) for piece, place in zip(pieces, places, strict=True)])
-        return factors
+        stacks = {kind: torch.stack([leaf.detach() for leaf in self.leaves[kind]]) for kind in "AB"}
+        return [self._cut(kind, stack) for kind, stack in (stacks | {"E": self.masks}).items()]
 
     def _add_regularization_gradient(self) -> None:
         """As each tuner's `add_regularization_gradient`."""
         factors = self._factors_of_salientlora()
-        gradients = torch.vmap(orthogonality_gradient)(*factors, self.weights_on_device)
+        gradients = torch.vmap(orthogonality_gradient)(*factors, self.orth_reg_weights)
         for kind, pieces in zip("AB", gradients, strict=True):
             rows = torch.cat([piece.flatten(1) for piece in pieces], 1)
             torch._foreach_add_([leaf.grad for leaf in self.leaves[kind]], list(rows.unbind()))
@@ -301,10 +299,7 @@ class StackedTraining:
         """As `AdaLoraModel.forward` adds it to the loss, summed over the trainings."""
         shapes: dict[tuple[int, int], list[Tensor]] = {}
         for kind in "AB":
-            stack = torch.stack(self.leaves[kind])
-            sizes = [place.shape.numel() for place in self.places[kind]]
-            for place, piece in zip(self.places[kind], stack.split(sizes, 1), strict=True):
-                piece = piece.view(self.count, *place.shape)
+            for piece in self._cut(kind, torch.stack(self.leaves[kind])):
                 piece = piece if kind == "A" else piece.mT
                 shapes.setdefault(piece.shape[1:], []).append(piece)
         total = 0.0

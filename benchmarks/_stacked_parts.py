@@ -37,10 +37,10 @@ class StackedLinear(nn.Module):
         first, second = self.parts.values()
         stacked = x.reshape(len(first), -1, x.shape[-1])
         if self.base is None:
-            y = torch.baddbmm(second.unsqueeze(1), stacked.to(first.dtype), first.mT)
+            y = torch.baddbmm(second.unsqueeze(1), stacked, first.mT)
         else:
             frozen = self.base(x)
-            hidden = torch.bmm(stacked.to(first.dtype), first.mT)
+            hidden = torch.bmm(stacked, first.mT)
             y = torch.baddbmm(frozen.view(len(first), -1, frozen.shape[-1]), hidden, second.mT)
         return y.view(*x.shape[:-1], -1)
 

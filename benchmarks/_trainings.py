@@ -12,12 +12,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
-from _common import RESULTS, environment
+from _common import RESULTS, Deadline, environment
 from _stacked import Losses, Scores, StackedTraining
 from _stacked_parts import share
 from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -28,6 +29,7 @@ from peft_rank.allocation.salience import salience_scores
 
 
 TrainStack = Callable[[list["Spec"]], list[dict[str, Any]]]
+MakeTrainer = Callable[[argparse.Namespace], TrainStack]
 METHODS = ["lora", "rslora", "adalora", "salientlora"]
 
 
@@ -170,17 +172,17 @@ class StackTrainer(ABC):
         return [{**asdict(spec), **row, **metric, "seconds": seconds} for spec, row, metric in parts]
 
 
-_trainer: TrainStack | None = None  # of this process
+_train: TrainStack | None = None  # of a process that trains for another
 
 
-def _start(make_trainer: Callable[[argparse.Namespace], TrainStack], args: argparse.Namespace) -> None:
-    global _trainer
+def _begin(make_trainer: MakeTrainer, args: argparse.Namespace) -> None:
+    global _train
     torch.set_float32_matmul_precision("high")
-    _trainer = make_trainer(args)
+    _train = make_trainer(args)
 
 
-def _train(stack: list[Spec], deadline: float) -> list[dict[str, Any]] | None:
-    return None if time.time() > deadline else _trainer(stack)
+def _train_in_time(stack: list[Spec], deadline: Deadline) -> list[dict[str, Any]] | None:
+    return None if deadline.left() <= 0 else _train(stack)
 
 
 # --- a study ------------------------------------------------------------------------------------------------------------
@@ -198,11 +200,9 @@ class Study:
         sign (`int`, *optional*): -1 where the lower metric is the better one.
     """
 
-    def __init__(
-        self, args: argparse.Namespace, make_trainer: Callable[[argparse.Namespace], TrainStack], sign: int = 1
-    ) -> None:
+    def __init__(self, args: argparse.Namespace, make_trainer: MakeTrainer, sign: int = 1) -> None:
         self.args, self.make_trainer, self.sign = args, make_trainer, sign
-        self.started, self.rows = time.time(), []
+        self.started, self.deadline, self.rows = time.perf_counter(), Deadline(args.seconds), []
         # the time limit and how many run at once change nothing in a row
         passing = ("output", "seconds", "together", "processes")
         kept = {key: value for key, value in vars(args).items() if key not in passing}
@@ -219,7 +219,7 @@ class Study:
             lr = self._best_lr("salientlora", r)
             runs = itertools.product(tasks, ablations, args.seeds)
             self._run([Spec("salientlora", t, r, lr, seed, name) for t, name, seed in runs])
-        print(f"{len(self.rows)} trainings, {time.time() - self.started:.0f} s")
+        print(f"{len(self.rows)} trainings, {time.perf_counter() - self.started:.0f} s")
 
     def _variants(self, method: str) -> list[str]:
         return list(self.args.variants) if method == "salientlora" and self.args.variants else [""]
@@ -234,18 +234,21 @@ class Study:
                 self.rows.append(row)
                 self._write(row)
 
+    @cached_property
+    def _train(self) -> TrainStack:
+        """What trains in this process, made when it is needed."""
+        torch.set_float32_matmul_precision("high")
+        return self.make_trainer(self.args)
+
     def _trained(self, stacks: list[list[Spec]]) -> Iterator[list[dict[str, Any]] | None]:
         """The rows of each stack, as they come; None for one that was not begun in time."""
-        args, deadline = self.args, self.started + self.args.seconds
-        if args.processes == 1:
-            if stacks:
-                _start(self.make_trainer, args)
-            yield from (_train(stack, deadline) for stack in stacks)
+        if self.args.processes == 1:
+            yield from (None if self.deadline.left() <= 0 else self._train(stack) for stack in stacks)
             return
         # what one process does on the host, loading and evaluating, another hides behind its own steps
-        options = {"mp_context": get_context("spawn"), "initializer": _start}
-        with ProcessPoolExecutor(args.processes, initargs=(self.make_trainer, args), **options) as pool:
-            futures = [pool.submit(_train, stack, deadline) for stack in stacks]
+        options = {"mp_context": get_context("spawn"), "initializer": _begin}
+        with ProcessPoolExecutor(self.args.processes, initargs=(self.make_trainer, self.args), **options) as pool:
+            futures = [pool.submit(_train_in_time, stack, self.deadline) for stack in stacks]
             yield from (future.result() for future in as_completed(futures))
 
     def _stacks(self, specs: list[Spec]) -> Iterator[list[Spec]]:

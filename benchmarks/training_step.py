@@ -7,7 +7,8 @@
 Random weights in bfloat16, all seven linears of 32 layers adapted, fused AdamW. The floor is the frozen model's own
 forward and backward through its activations. SalientLoRA runs with everything on: regularizer, recording, decisions.
 Beside the time of a step stand that of its kernels alone, and what the host takes to launch them: a step takes the longer
-of the two, and a little more. Written after every row; the same command goes on. Needs one GPU of 80 GB or more.
+of the two, and a little more. Written after every row; the same command does anew what sections are not complete, as rows
+of one section are only comparable if they come from one run. Needs one GPU of 80 GB or more.
 """
 
 from __future__ import annotations
@@ -31,6 +32,8 @@ from peft_rank import SalientLoRAConfig
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SHAPES = {"4x512": (4, 512), "8x1024": (8, 1024)}
 WARMUP, STEPS = 5, 15
+Plan = list[tuple[str, Any, str, dict[str, Any]]]
+"""Name, configuration, shape and options of the rows of a section."""
 KEY = ("section", "method", "shape", "rank", "phase", *STEP_OPTIONS)
 
 
@@ -152,9 +155,6 @@ def run(base: LlamaForCausalLM, config: PeftConfig | None, shape: str, steps: in
         torch.cuda.empty_cache()
 
 
-Plan = list[tuple[str, Any, str, dict[str, Any]]]
-
-
 def methods() -> Plan:
     plan = []
     for shape in SHAPES:
@@ -243,12 +243,17 @@ def main() -> None:
             if not held and deadline.left() > 0:
                 shrinking(base, results)
             continue
-        for name, config, shape, options in SECTIONS[section]():
-            row = {"section": section, "method": name, "shape": shape, **options}
-            if results.find(row) is None and deadline.left() > 0:
-                options.pop("rank", None)
-                steps = STEPS if name != "AdaLoRA" else 8
-                results.add(row | run(base, config, shape, steps, **options))
+        plan = [
+            ({"section": section, "method": name, "shape": shape, **options}, config)
+            for name, config, shape, options in SECTIONS[section]()
+        ]
+        if all(results.find(row) for row, _ in plan):
+            continue
+        for row, config in plan:
+            if deadline.left() > 0:
+                options = {name: row[name] for name in STEP_OPTIONS if name in row}
+                steps = STEPS if row["method"] != "AdaLoRA" else 8
+                results.add(row | run(base, config, row["shape"], steps, **options))
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from peft_rank.orthogonality import join_ranks
 
-from ..functional import without_autocast
+from ..functional import in_dtype, without_autocast
 
 
 # a product of half-precision matrices can be stored in float32 without a second pass
@@ -160,17 +160,16 @@ class LinearWithUpdate(Function):
     ) -> torch.Tensor:
         with without_autocast(x.device.type):
             dtype = low.dtype
-            rows = x.reshape(-1, x.shape[-1])  # (tokens, in)
             # each for itself: under autocast a half-precision activation meets a float32 weight
-            rows = rows if rows.dtype == dtype else rows.to(dtype)
-            weight = weight if weight.dtype == dtype else weight.to(dtype)
+            rows = in_dtype(x.reshape(-1, x.shape[-1]), dtype)  # (tokens, in)
+            weight = in_dtype(weight, dtype)
             # an output that is a view could not be changed in place by whoever gets it
             result = torch.empty(*x.shape[:-1], weight.shape[0], dtype=dtype, device=x.device)
             flat = result.view(-1, weight.shape[0])  # (tokens, out)
             if bias is None:
                 torch.mm(rows, weight.t(), out=flat)
             else:
-                torch.addmm(bias if bias.dtype == dtype else bias.to(dtype), rows, weight.t(), out=flat)
+                torch.addmm(in_dtype(bias, dtype), rows, weight.t(), out=flat)
             hidden = torch.mm(rows, low)  # (tokens, r)
             flat.addmm_(hidden, up)
         ctx.save_for_backward(rows, weight, low, up, hidden)

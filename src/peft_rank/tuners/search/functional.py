@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from ..functional import compute_dtype, without_autocast
+from ..functional import compute_dtype, in_dtype, without_autocast
 
 
 SLOPE_THRESHOLD = 2.0**-10
@@ -99,15 +99,15 @@ class MaskedProduct(Function):
     ) -> Tensor:
         dtype = compute_dtype(x)
         with without_autocast(x.device.type):
-            flat = _in(dtype, x.reshape(-1, x.shape[-1]))  # (tokens, in)
+            flat = in_dtype(x.reshape(-1, x.shape[-1]), dtype)  # (tokens, in)
             if rows is None:
-                hidden = torch.mm(flat, _in(dtype, down).t())  # (tokens, k)
-                result = _product(hidden, _in(dtype, cast), _in(dtype, up))
+                hidden = torch.mm(flat, in_dtype(down, dtype).t())  # (tokens, k)
+                result = _product(hidden, in_dtype(cast, dtype), in_dtype(up, dtype))
             else:
-                hidden = torch.mm(flat, _in(dtype, down.index_select(0, rows)).t())  # (tokens, n)
-                result = torch.mm(hidden[:, :kept], _in(dtype, up.index_select(0, rows[:kept])))
+                hidden = torch.mm(flat, in_dtype(down.index_select(0, rows), dtype).t())  # (tokens, n)
+                result = torch.mm(hidden[:, :kept], in_dtype(up.index_select(0, rows[:kept]), dtype))
             if bias is not None:
-                result += _in(dtype, bias)
+                result += in_dtype(bias, dtype)
         ctx.save_for_backward(hidden, cast, down, up, rows)
         ctx.kept, ctx.shape, ctx.input_dtype, ctx.mask_dtype = kept, x.shape, x.dtype, hard.dtype
         return result.view(*x.shape[:-1], up.shape[1])
@@ -119,26 +119,21 @@ class MaskedProduct(Function):
         dtype = hidden.dtype
         grad_x = grad_hard = None
         with without_autocast(grad_output.device.type):
-            grad = _in(dtype, grad_output.reshape(-1, grad_output.shape[-1]))  # (tokens, out)
+            grad = in_dtype(grad_output.reshape(-1, grad_output.shape[-1]), dtype)  # (tokens, out)
             selected = up if rows is None else up.index_select(0, rows)
-            grad_hidden = torch.mm(grad, _in(dtype, selected).t())  # (tokens, k or n)
+            grad_hidden = torch.mm(grad, in_dtype(selected, dtype).t())  # (tokens, k or n)
             if ctx.needs_input_grad[1]:
                 grad_hard = torch.sum(hidden * grad_hidden, dim=0, dtype=ctx.mask_dtype)
                 if rows is not None:
                     grad_hard = grad_hard.new_zeros(len(cast)).index_copy_(0, rows, grad_hard)
             if ctx.needs_input_grad[0]:
                 if rows is None:
-                    grad_x = _product(grad_hidden, _in(dtype, cast), _in(dtype, down))
+                    grad_x = _product(grad_hidden, in_dtype(cast, dtype), in_dtype(down, dtype))
                 else:
                     kept = rows[: ctx.kept]
-                    grad_x = torch.mm(grad_hidden[:, : ctx.kept], _in(dtype, down.index_select(0, kept)))
-                grad_x = _in(ctx.input_dtype, grad_x.view(ctx.shape))
+                    grad_x = torch.mm(grad_hidden[:, : ctx.kept], in_dtype(down.index_select(0, kept), dtype))
+                grad_x = in_dtype(grad_x.view(ctx.shape), ctx.input_dtype)
         return grad_x, grad_hard, None, None, None, None, None, None
-
-
-def _in(dtype: torch.dtype, tensor: Tensor) -> Tensor:
-    """The tensor in that dtype; asking first is faster than a cast that does nothing."""
-    return tensor if tensor.dtype == dtype else tensor.to(dtype)
 
 
 def _product(hidden: Tensor, mask: Tensor, factor: Tensor) -> Tensor:
