@@ -10,7 +10,9 @@ import json
 import platform
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from importlib.metadata import version
+from multiprocessing import SimpleQueue, get_context
 from pathlib import Path
 from typing import Any
 
@@ -95,6 +97,23 @@ class Deadline:
 
     def left(self) -> float:
         return self.end - time.perf_counter()
+
+
+def gpu_pool(processes: int, begin: Callable[..., None] | None = None, *args: Any) -> ProcessPoolExecutor:
+    """Processes that share all GPUs evenly, each on one of them. `begin(*args)` is called first in each."""
+    context = get_context("spawn")
+    places = context.SimpleQueue()
+    for index in range(processes):
+        places.put(index % max(torch.cuda.device_count(), 1))
+    return ProcessPoolExecutor(processes, context, _begin_on_gpu, (places, begin, args))
+
+
+def _begin_on_gpu(places: SimpleQueue, begin: Callable[..., None] | None, args: tuple[Any, ...]) -> None:
+    place = places.get()
+    if torch.cuda.is_available():
+        torch.cuda.set_device(place)
+    if begin is not None:
+        begin(*args)
 
 
 def synchronize() -> None:

@@ -10,15 +10,14 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import asdict, dataclass
 from functools import cached_property
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
-from _common import RESULTS, Deadline, environment
+from _common import RESULTS, Deadline, environment, gpu_pool
 from _stacked import Losses, Scores, StackedTraining
 from _stacked_parts import share
 from peft import AdaLoraConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
@@ -246,8 +245,7 @@ class Study:
             yield from (None if self.deadline.left() <= 0 else self._train(stack) for stack in stacks)
             return
         # what one process does on the host, loading and evaluating, another hides behind its own steps
-        options = {"mp_context": get_context("spawn"), "initializer": _begin}
-        with ProcessPoolExecutor(self.args.processes, initargs=(self.make_trainer, self.args), **options) as pool:
+        with gpu_pool(self.args.processes, _begin, self.make_trainer, self.args) as pool:
             futures = [pool.submit(_train_in_time, stack, self.deadline) for stack in stacks]
             yield from (future.result() for future in as_completed(futures))
 
@@ -299,6 +297,6 @@ def study_parser(description: str, name: str) -> argparse.ArgumentParser:
         help="JSON, name to fields: several such configurations; `lr_factors` gives factors of the rate for A, E and B",
     )
     parser.add_argument("--together", type=int, default=9, help="trainings at a time on one GPU")
-    parser.add_argument("--processes", type=int, default=1, help="processes that train such stacks on one GPU")
+    parser.add_argument("--processes", type=int, default=1, help="processes that train such stacks, on all GPUs")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start nothing after this time")
     return parser

@@ -216,6 +216,7 @@ def run_engine(args: argparse.Namespace, engine: str) -> dict[str, Any]:
     """All trainings of an engine, in new processes; with `error` where they did not come to an end."""
     processes = 1 if engine == "single" else args.processes
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
     with tempfile.TemporaryDirectory() as folder:
         result = Path(folder, "result.json")
         settings = [f"--{name}={getattr(args, name)}" for name in SETTINGS]
@@ -225,7 +226,7 @@ def run_engine(args: argparse.Namespace, engine: str) -> dict[str, Any]:
             **(FSDP2 if engine == "fsdp2" else {}),
             "ACCELERATE_USE_DEEPSPEED": str(engine.startswith("zero")).lower(),
             # the Trainer spreads a batch over all GPUs that it sees
-            **({"CUDA_VISIBLE_DEVICES": "0"} if engine == "single" else {}),
+            **({"CUDA_VISIBLE_DEVICES": visible.split(",")[0]} if engine == "single" else {}),
         }
         started = time.perf_counter()
         error = _run([*command, "--worker", engine, "--result", str(result)], environment, args.seconds)

@@ -6,7 +6,7 @@
 
 A run is named METHOD-PRECISION: `full`, `fixed` (a third of the ranks) or `inrank` and the ratio to explain; fp32, bf16 or
 fp16 (autocast; fp16 with a loss scale). What follows an @ overrides an argument for that run alone: `@init_scale=2@seed=1`.
-All runs see the same batches in the same order; --parallel of them share the device, each in a process of its own.
+All runs see the same batches in the same order; --parallel of them share the GPUs, each in a process of its own.
 Texts are plain or JSON lines with a field `text`, gzipped or not, or folders, which stand for all .py, .rst, .md and .txt
 files in them but for installed packages. The tokenizer is --tokenizer, or a byte-level BPE that is trained on the text.
 
@@ -22,17 +22,16 @@ import gzip
 import hashlib
 import json
 import math
-import multiprocessing
 import os
 import re
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from pathlib import Path
 from typing import Any
 
 import torch
-from _common import RESULTS, environment
+from _common import RESULTS, environment, gpu_pool
 from _pretraining import DEVICE, TARGETS, Shape, adamw, autocast, gpt2, with_factors
 from tokenizers import ByteLevelBPETokenizer, Tokenizer
 
@@ -175,7 +174,7 @@ class Training:
 
     def restore(self) -> None:
         # our own file, objects and all: the parameters that the optimizer holds have to be those of the model
-        state = torch.load(self.file, weights_only=False)
+        state = torch.load(self.file, weights_only=False, map_location=DEVICE)
         changed = [key for key, value in inner(self.args).items() if state["arguments"].get(key) != value]
         if changed:
             raise ValueError(
@@ -183,11 +182,11 @@ class Training:
             )
         vars(self).update({name: state[name] for name in (*KEPT, "seconds")})
         self.scaler.load_state_dict(state["scaler"])
-        self.generator.set_state(state["generator"])
+        self.generator.set_state(state["generator"].cpu())
         cpu, cuda = state["random"]
-        torch.set_rng_state(cpu)
+        torch.set_rng_state(cpu.cpu())
         if cuda is not None:
-            torch.cuda.set_rng_state(cuda)
+            torch.cuda.set_rng_state(cuda.cpu())
 
     # ---- steps ----
 
@@ -369,8 +368,7 @@ def main(argv: list[str] | None = None) -> None:
         folder.mkdir(parents=True, exist_ok=True)
     append(args.output, {"environment": environment(), "arguments": json.loads(json.dumps(vars(args), default=str))})
     data = prepare(args)
-    spawn = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(args.parallel, mp_context=spawn) as pool:
+    with gpu_pool(args.parallel) as pool:
         waiting = [pool.submit(train, name, data, changed, end) for name, changed in trainings.items()]
         for done in as_completed(waiting):
             print("done:", done.result(), flush=True)

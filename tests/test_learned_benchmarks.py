@@ -129,3 +129,29 @@ def test_a_step_of_a_search(tmp_path: Path) -> None:
     rows = json.loads((tmp_path / "search_step.json").read_text())["rows"]
     assert len(rows) == 1 + 2 * 3
     assert all(row["milliseconds"] > 0 for row in rows)
+
+
+def test_parts_of_a_study_are_joined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    merge = importlib.import_module("merge")
+    environment = {"device": "GPU", "date": "2026-11-22", "torch": "2.11.0"}
+
+    def part(seed: int, **changed: Any) -> dict[str, Any]:
+        rows = [{"method": "dense", "perplexity": 20.0 + seed}]
+        rows += [{"method": "ars", "ratio": ratio, "seed": seed, "perplexity": 30.0} for ratio in (0.9, 0.8)]
+        rows.append({"method": "l2lrc", "ratio": 0.9, "seed": seed, "error": "out of time"})
+        return {"environment": environment, "settings": {"seeds": [seed], "steps": 400} | changed, "rows": rows}
+
+    for seed in (0, 1):
+        (tmp_path / f"{seed}.json").write_text(json.dumps(part(seed)))
+    output = tmp_path / "both.json"
+    paths = [str(tmp_path / f"{seed}.json") for seed in (0, 1)]
+    monkeypatch.setattr("sys.argv", ["merge.py", *paths, "--output", str(output)])
+    merge.main()
+    both = json.loads(output.read_text())
+    assert both["settings"] == {"seeds": [0, 1], "steps": 400}
+    assert both["rows"] == part(0)["rows"][:3] + part(1)["rows"][1:3]
+
+    with pytest.raises(SystemExit, match="differ in steps"):
+        merge.merge([part(0), part(1, steps=300)])
+    with pytest.raises(SystemExit, match="differ in torch"):
+        merge.merge([part(0), part(1) | {"environment": environment | {"torch": "2.13.0"}}])
