@@ -136,6 +136,17 @@ def test_resuming_from_a_missing_checkpoint_names_it(llama: TinyModel, tmp_path:
         tuner.check_resumed(11, tmp_path / "checkpoint-11")
 
 
+@pytest.mark.parametrize("name", ["fp16-zero2", "fp16-zero3"])
+def test_values_are_recorded_in_full_precision(double: Callable, name: str) -> None:
+    """Those of the float32 copies that DeepSpeed trains, in one message."""
+    found = double(name).seen["masters"]
+    assert len(found) == 14
+    for parameter, recorded, copy in found:
+        torch.testing.assert_close(recorded, copy, rtol=0, atol=0)
+        torch.testing.assert_close(recorded.half(), parameter)
+    assert any(not torch.equal(recorded, parameter.float()) for parameter, recorded, _ in found)
+
+
 def test_a_placeholder_is_not_saved(double: Callable) -> None:
     assert double("zero2").seen["state_dict_error"] is None
     assert "sharded over processes. Save through the Trainer" in double("zero3").seen["state_dict_error"]

@@ -26,7 +26,7 @@ from torch import nn
 from transformers import Trainer, TrainerCallback
 
 from peft_rank import InRankConfig, RankAllocationCallback, SalientLoRAConfig, export_lora, get_rank_pattern
-from peft_rank.tuners.sharding import gather, is_sharded
+from peft_rank.tuners.sharding import gather, in_full_precision, is_sharded
 from tiny_models import TINY_MODELS, training_arguments
 
 
@@ -204,6 +204,18 @@ def train(
     PartialState().wait_for_everyone()
 
 
+def masters(tuner: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Of every E the parameter, what is recorded of it, and what DeepSpeed's own function says."""
+    from deepspeed.utils import safe_get_full_fp32_param
+
+    stored = [layer.stored("default").E for layer in tuner.adapter_layers("default").values()]
+    with tuner._gathered("default"):
+        return [
+            (parameter.detach().clone(), recorded.detach().clone(), safe_get_full_fp32_param(parameter))
+            for parameter, recorded in zip(stored, in_full_precision(stored), strict=True)
+        ]
+
+
 def report(trainer: Trainer, watch: Watch, output: Path) -> dict[str, Any]:
     model, engine, refusal = trainer.model, trainer.model_wrapped, None
     try:
@@ -237,6 +249,7 @@ def report(trainer: Trainer, watch: Watch, output: Path) -> dict[str, Any]:
         "factors": factors,
         "pattern": get_rank_pattern(model),
         "summary": tuner.rank_summary(),
+        "masters": masters(tuner) if trainer.args.fp16 and trainer.is_deepspeed_enabled else [],
         # modules that ZeRO-3 gathers other modules' parameters for
         "gathering": {type(m).__name__ for m in model.modules() if vars(m).get("_external_params")},
     }

@@ -1,5 +1,5 @@
 # Copyright 2026 The peft_rank authors. Licensed under the Apache License, Version 2.0.
-"""Parameters of which every process holds a part, as FSDP2 leaves them outside of a forward pass."""
+"""Parameters of which every process holds a part, as FSDP2 and DeepSpeed leave them outside of a forward pass."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from functools import cache
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import is_deepspeed_available
 
 
 _AVAILABLE = dist.is_available()  # kept, like what else is asked of hundreds of tensors in every step
@@ -74,6 +75,44 @@ def gather(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
         for position, whole in zip(positions, together.unbind(), strict=True):
             full[position] = whole[: shape[0]]
     return full
+
+
+@torch.no_grad()
+def in_full_precision(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The parameters, or where DeepSpeed trains float32 copies in their place, these, in full and on every process: small
+    steps vanish in half precision. All copies come in one message, where DeepSpeed's own function sends one for each."""
+    if parameters[0].dtype == torch.float32 or not is_deepspeed_available():
+        return list(parameters)
+    if "ds_id" in vars(parameters[0]):
+        return _of_zero3(parameters)
+    held = [parameter for parameter in parameters if "_hp_mapping" in vars(parameter)]
+    return _of_zero(parameters, held[0]._dp_group) if held else list(parameters)
+
+
+def _of_zero(parameters: Sequence[torch.Tensor], group: dist.ProcessGroup) -> list[torch.Tensor]:
+    """Stages 1 and 2: each process holds pieces of one long vector, which may begin and end within a parameter."""
+    flat = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
+    parts = flat.split([p.numel() for p in parameters])
+    for parameter, part in zip(parameters, parts, strict=True):
+        mapping = vars(parameter).get("_hp_mapping")  # none for an empty parameter
+        if mapping is not None:
+            address = mapping.lp_fragment_address
+            part[address.start : address.start + address.numel].copy_(mapping.get_hp_fragment())
+    dist.all_reduce(flat, group=group)
+    return [part.view(parameter.shape) for parameter, part in zip(parameters, parts, strict=True)]
+
+
+def _of_zero3(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Stage 3: each process holds an equal part of every parameter, the last one with padding."""
+    from deepspeed.utils import safe_get_local_fp32_param
+
+    own = [safe_get_local_fp32_param(parameter).flatten() for parameter in parameters]
+    sizes, group = [len(part) for part in own], parameters[0].ds_process_group
+    mine = torch.cat(own).to(parameters[0].device)
+    together = mine.new_empty(dist.get_world_size(group) * len(mine))
+    dist.all_gather_into_tensor(together, mine, group=group)
+    pieces = zip(parameters, together.view(-1, len(mine)).split(sizes, 1), strict=True)
+    return [piece.flatten()[: p.ds_numel].view(p.ds_shape) for p, piece in pieces]
 
 
 def _fill(part: torch.Tensor, rows: int) -> torch.Tensor:

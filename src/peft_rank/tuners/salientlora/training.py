@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import is_deepspeed_available
 from peft.utils import load_peft_weights
 from peft.utils.integrations import check_deepspeed_zero3_enabled, gather_params_ctx
 from torch import nn
@@ -21,7 +20,7 @@ from transformers.trainer_pt_utils import get_model_param_count
 from peft_rank.orthogonality import orthogonality, orthogonality_gradient
 
 from ..adaptive import AdaptiveRankTuner, ShrinkPolicy, add_to_gradients, check_step
-from ..sharding import gather, is_sharded
+from ..sharding import gather, in_full_precision, is_sharded
 from ..shrinking import can_slice_state, swap_parameters, unwrap_optimizer
 from .allocator import RankAllocator
 from .checkpoint import exact_rank_pattern
@@ -207,7 +206,7 @@ class SalientLoRATraining(AdaptiveRankTuner):
     def _record(self, adapter_name: str) -> None:
         with self._gathered(adapter_name):
             down, up, alive = self._factors(adapter_name)
-            values = gather([_in_full_precision(E) for E in self._stored(adapter_name)[1]])
+            values = gather(in_full_precision(self._stored(adapter_name)[1]))
             values = [E if mask is None else E * mask.to(E) for E, mask in zip(values, alive, strict=True)]
             self.allocator(adapter_name).record(values, orthogonality(down, up, alive))
 
@@ -361,16 +360,6 @@ class SalientLoRATraining(AdaptiveRankTuner):
             layer._armed.pop(adapter_name, None)
             if adapter_name in layer.salientlora_state:
                 del layer.salientlora_state[adapter_name]
-
-
-def _in_full_precision(parameter: nn.Parameter) -> torch.Tensor:
-    """The parameter, or the float32 copy that DeepSpeed trains in its place: small steps vanish in half precision."""
-    if parameter.dtype == torch.float32 or not is_deepspeed_available():
-        return parameter
-    from deepspeed.utils import safe_get_full_fp32_param
-
-    copy = safe_get_full_fp32_param(parameter)
-    return parameter if copy is None else copy
 
 
 def _is_data_parallel() -> bool:
