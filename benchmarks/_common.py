@@ -8,6 +8,7 @@ import datetime
 import gc
 import json
 import platform
+import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 
 RESULTS = Path(__file__).parent / "results"
@@ -119,6 +121,35 @@ def _begin_on_gpu(places: SimpleQueue, begin: Callable[..., None] | None, args: 
 def synchronize() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def time_steps(step: Callable[[], None], steps: int, warmup: int) -> dict[str, float]:
+    """Median and interquartile range of single steps, each waited for. On a GPU also what its kernels take alone, what
+    the host takes to launch them (a step takes the longer of the two, and a little more), and the peak of memory."""
+    cuda = torch.cuda.is_available()
+    for _ in range(warmup):
+        step()
+    synchronize()
+    if cuda:
+        torch.cuda.reset_peak_memory_stats()
+    times, host = [], []
+    for _ in range(steps):
+        start = time.perf_counter()
+        step()
+        host.append(1e3 * (time.perf_counter() - start))
+        synchronize()
+        times.append(1e3 * (time.perf_counter() - start))
+    spread = statistics.quantiles(times, n=4)
+    found = {"ms": round(statistics.median(times), 2), "ms_iqr": round(spread[2] - spread[0], 2)}
+    if cuda:
+        peak = torch.cuda.max_memory_allocated()
+        with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+            step()
+            synchronize()
+        kernels = sum(event.self_device_time_total for event in profiled.key_averages())
+        found |= {"kernels_ms": round(kernels / 1000, 2), "host_ms": round(statistics.median(host), 2)}
+        found["peak_gib"] = round(peak / 2**30, 2)
+    return found
 
 
 def captured(call: Callable[[], Any], stream: torch.cuda.Stream | None = None) -> Callable[[], None]:

@@ -94,7 +94,8 @@ def steps(result: dict[str, Any]) -> Cells:
         products = "" if row["method"] == "full" else f"{row['targets']}, rank {row['rank']}"
         times = f"{row['ms']} ({row['ms_iqr']})"
         cells = [row["shape"], mode, row["method"], products, times, faster]
-        lines.append([*cells, f"{row['tokens_per_second']:,}", row["peak_gib"]])
+        cells += [row.get("kernels_ms", ""), row.get("host_ms", "")]
+        lines.append([*cells, f"{row['tokens_per_second']:,}", row.get("peak_gib", "")])
     columns = [
         "shape",
         "mode",
@@ -102,6 +103,8 @@ def steps(result: dict[str, Any]) -> Cells:
         "products",
         "ms (interquartile range)",
         "times as fast",
+        "kernels, ms",
+        "host, ms",
         "tokens/s",
         "peak GiB",
     ]

@@ -14,13 +14,10 @@ from __future__ import annotations
 import argparse
 import gc
 import itertools
-import statistics
-import time
-from collections.abc import Callable
 from typing import Any
 
 import torch
-from _common import Deadline, Results, argument_parser, synchronize
+from _common import Deadline, Results, argument_parser, time_steps
 from _pretraining import DEVICE, PRECISIONS, TARGETS, Shape, adamw, autocast, gpt2, with_factors
 
 
@@ -31,7 +28,8 @@ SHAPES = {
 }
 # 33 %, 31 %, 25 %: multiples of 64 near what the paper finds (254, 287)
 RANKS = {"small": 256, "medium": 320, "tiny": 16}
-BUFFER = 100
+BUFFER, WIDTHS = 100, 8
+WARMUP = 5
 METHODS = ["full", "fixed", "growing", "finalized"]
 KEY = ("shape", "targets", "method", "compiled")
 
@@ -48,7 +46,13 @@ class Step:
         elif method != "full":
             # the checks of a real growth are timed by the benchmark of quality; here none is due
             model = with_factors(
-                model, targets, init_r=rank, buffer_r=min(BUFFER, rank // 2), max_r=size.width, warmup_steps=10**6
+                model,
+                targets,
+                init_r=rank,
+                buffer_r=min(BUFFER, rank // 2),
+                max_r=size.width,
+                rank_multiple=WIDTHS,
+                warmup_steps=10**6,
             )
             self.tuner = model.base_model
         self.optimizer = adamw(model, 1e-4)
@@ -80,33 +84,12 @@ class Step:
         return sum(p.numel() for p in self.model.parameters())
 
 
-def measure(step: Callable[[], None], steps: int, warmup: int = 5) -> dict[str, float]:
-    for _ in range(warmup):
-        step()
-    synchronize()
-    if DEVICE == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    times = []
-    for _ in range(steps):
-        start = time.perf_counter()
-        step()
-        synchronize()
-        times.append(1e3 * (time.perf_counter() - start))
-    spread = statistics.quantiles(times, n=4)
-    peak = round(torch.cuda.max_memory_allocated() / 2**30, 2) if DEVICE == "cuda" else None
-    return {
-        "ms": round(statistics.median(times), 2),
-        "ms_iqr": round(spread[2] - spread[0], 2),
-        "peak_gib": peak,
-    }
-
-
 def run(args: argparse.Namespace, shape: str, targets: str, method: str, compiled: bool) -> dict[str, Any]:
     row: dict[str, Any] = {"shape": shape, "targets": targets, "method": method, "compiled": compiled}
     row["rank"] = None if method == "full" else RANKS[shape]
     try:
         step = Step(method, shape, targets, args.batch, args.precision, compiled)
-        row |= measure(step, args.steps) | {"parameters": step.parameters()}
+        row |= time_steps(step, args.steps, WARMUP) | {"parameters": step.parameters()}
         row["tokens_per_second"] = round(1e3 * args.batch * SHAPES[shape].context / row["ms"])
         del step
     except torch.OutOfMemoryError:

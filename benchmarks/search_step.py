@@ -13,13 +13,12 @@ from __future__ import annotations
 
 import argparse
 import gc
-import time
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
 import torch
-from _common import argument_parser, store, synchronize
+from _common import argument_parser, store, time_steps
 from peft import get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -30,6 +29,7 @@ from peft_rank.tuners.search import model as search_model
 from peft_rank.tuners.search.factors import Spectrum
 
 
+WARMUP = 3
 SEARCHES: dict[str, Callable[..., Any]] = {
     "ars": AdaptiveRankSVDConfig,
     "l2lrc": lambda **kwargs: L2LRCConfig(distillation_weight=0.0, anneal_steps=1, **kwargs),
@@ -72,18 +72,6 @@ def bound(model: nn.Module) -> nn.Module:
     return model
 
 
-def seconds(step: Callable[[], None], repeats: int) -> float:
-    """Median of single steps, each waited for."""
-    times = []
-    for _ in range(repeats + 3):
-        synchronize()
-        start = time.perf_counter()
-        step()
-        synchronize()
-        times.append(time.perf_counter() - start)
-    return sorted(times[3:])[repeats // 2]
-
-
 @torch.no_grad()
 def make_late(tuner: Any, part: float) -> None:
     """Masks as they are late in a search: the leading ranks likely, the others hopeless."""
@@ -102,22 +90,18 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ids = torch.randint(0, 32_000, (args.batch, args.tokens), device=device)
 
-    def row(name: str, step: Callable[[], None], reference: float | None) -> dict[str, Any]:
-        if device == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        found = seconds(step, args.repeats)
-        told = {"step": name, "milliseconds": round(1000 * found, 2)}
-        if reference is not None:
-            told["of the products"] = round(found / reference, 3)
-        if device == "cuda":
-            told["GiB"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+    def row(name: str, step: Callable[[], None], products: dict[str, Any] | None) -> dict[str, Any]:
+        told: dict[str, Any] = {"step": name, **time_steps(step, args.repeats, WARMUP)}
+        if products is not None:
+            told["of the products"] = round(told["ms"] / products["ms"], 3)
+            if "kernels_ms" in told:
+                told["of their kernels"] = round(told["kernels_ms"] / products["kernels_ms"], 3)
         return told
 
     model = llama(args)
     dense = bound(model)
     products = row("two products, full rank", lambda: dense(input_ids=ids, labels=ids).loss.backward(), None)
     yield products
-    reference = products["milliseconds"] / 1000
     for name in args.searches:
         del model
         dense = None
@@ -139,9 +123,9 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             tuner.update_and_allocate(done, optimizer)
             optimizer.zero_grad()
 
-        yield row(f"{name}, start", step, reference)
+        yield row(f"{name}, start", step, products)
         make_late(tuner, args.late)
-        yield row(f"{name}, {args.late:.0%} of the ranks", step, reference)
+        yield row(f"{name}, {args.late:.0%} of the ranks", step, products)
         del tuner, optimizer, step
 
 

@@ -14,16 +14,12 @@ of one section are only comparable if they come from one run. Needs one GPU of 8
 from __future__ import annotations
 
 import gc
-import statistics
-import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any
 
 import torch
-from _common import STEP_OPTIONS, Deadline, Results, argument_parser
+from _common import STEP_OPTIONS, Deadline, Results, argument_parser, time_steps
 from peft import AdaLoraConfig, LoraConfig, PeftConfig, get_peft_model
-from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from peft_rank import SalientLoRAConfig
@@ -112,39 +108,10 @@ class Step:
             self.base.gradient_checkpointing_disable()
 
 
-def measure(step: Callable[[], None], steps: int = STEPS, warmup: int = WARMUP) -> dict[str, float]:
-    for _ in range(warmup):
-        step()
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    times, host = [], []
-    for _ in range(steps):
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        begin = time.perf_counter()
-        start.record()
-        step()
-        end.record()
-        host.append(1000 * (time.perf_counter() - begin))
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    spread = statistics.quantiles(times, n=4)
-    peak = torch.cuda.max_memory_allocated()
-    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
-        step()
-        torch.cuda.synchronize()
-    return {
-        "ms": round(statistics.median(times), 2),
-        "ms_iqr": round(spread[2] - spread[0], 2),
-        "kernels_ms": round(sum(event.self_device_time_total for event in profiled.key_averages()) / 1000, 2),
-        "host_ms": round(statistics.median(host), 2),
-        "peak_gib": round(peak / 2**30, 2),
-    }
-
-
 def run(base: LlamaForCausalLM, config: PeftConfig | None, shape: str, steps: int, **options: Any) -> dict[str, Any]:
     step = Step(base, config, shape, **options)
     try:
-        return measure(step, steps)
+        return time_steps(step, steps, WARMUP)
     except torch.OutOfMemoryError:
         return {"error": "out of memory"}
     finally:
@@ -194,7 +161,7 @@ def shrinking(base: LlamaForCausalLM, results: Results) -> None:
     """One run from 64 ranks to 8: the step before the first and after the last decision."""
     step = Step(base, salient(64, 8, allocation_steps=60), "4x512")
     for phase, warmup in (("before", 1), ("after", 75)):
-        timing = measure(step, steps=5, warmup=warmup)
+        timing = time_steps(step, 5, warmup)
         trained = [p for p in step.model.parameters() if p.requires_grad]
         moments = [v for state in step.optimizer.state.values() for v in state.values() if torch.is_tensor(v)]
         row = {"section": "shrinking", "method": "SalientLoRA", "shape": "4x512", "phase": phase, **timing}
