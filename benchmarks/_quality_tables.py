@@ -15,7 +15,7 @@ Runs = dict[tuple, dict[str, dict[str, Any]]]  # (rank, method, variant, lr, see
 
 
 def read_study(path: Path) -> tuple[dict[str, Any], Runs, list[str]]:
-    """Environment, the runs that are complete over all tasks, and the tasks."""
+    """The first line, which says where and with what arguments, the runs that are complete over all tasks, and the tasks."""
     head, *rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     rows = [row for row in rows if "method" in row]
     runs: Runs = {}
@@ -23,7 +23,7 @@ def read_study(path: Path) -> tuple[dict[str, Any], Runs, list[str]]:
         key = (row["rank"], row["method"], row["variant"], row["lr"], row["seed"])
         runs.setdefault(key, {})[row["task"]] = row
     tasks = list(dict.fromkeys(row["task"] for row in rows))
-    return head["environment"], {key: run for key, run in runs.items() if len(run) == len(tasks)}, tasks
+    return head, {key: run for key, run in runs.items() if len(run) == len(tasks)}, tasks
 
 
 def total(run: dict[str, dict[str, Any]]) -> float:

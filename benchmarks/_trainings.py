@@ -59,8 +59,10 @@ def make_config(method: str, rank: int, steps: int, overrides: dict[str, Any], *
         kwargs = {"init_r": init, "target_r": rank, "lora_alpha": 2 * init, "deltaT": 10, "total_step": steps}
         kwargs |= {"tinit": steps // 10, "tfinal": steps * 2 // 5}
         return AdaLoraConfig(**common, **kwargs)
-    kwargs = {"target_r": rank} | ({"init_r": 2 * rank} if rank > 15 else {})
-    return SalientLoRAConfig(**common, **(kwargs | overrides))
+    kwargs = {"target_r": rank, "init_r": 15 if rank < 15 else 2 * rank} | overrides
+    if "scale" in kwargs:
+        kwargs["lora_alpha"] = kwargs.pop("scale") * kwargs["init_r"]
+    return SalientLoRAConfig(**common, **kwargs)
 
 
 # --- ablations: other scores in the place of the salience ---------------------------------------------------------------
@@ -289,7 +291,12 @@ def study_parser(description: str, name: str) -> argparse.ArgumentParser:
     parser.add_argument("--ranks", nargs="+", type=int)
     parser.add_argument("--lrs", nargs="+", type=float)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--overrides", type=json.loads, default={}, help="JSON fields for SalientLoRA's configuration")
+    parser.add_argument(
+        "--overrides",
+        type=json.loads,
+        default={},
+        help="JSON fields for SalientLoRA's configuration; `scale` stands for lora_alpha / init_r",
+    )
     parser.add_argument(
         "--variants",
         type=json.loads,

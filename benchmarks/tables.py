@@ -158,12 +158,15 @@ def quality() -> list[str]:
     ):
         path = RESULTS / f"{name}.jsonl"
         if path.exists():
-            environment, runs, tasks = read_study(path)
+            study, runs, tasks = read_study(path)
             note = (
                 f"{unit}. Every method at the best of the same grid of learning rates. Parameters: trained at the start, "
-                "and left at the end.\n"
+                "and left at the end."
             )
-            parts += [f"## {title}\n", note, origin({"environment": environment})]
+            if fields := study["arguments"]["overrides"]:
+                told = ", ".join(f"`{name}={value!r}`" for name, value in fields.items())
+                note += f" SalientLoRA not at its defaults but with {told}."
+            parts += [f"## {title}\n", note + "\n", origin(study)]
             head, *lines = best(runs, tasks, sign, digits)
             parts += [table(head, lines), "### The grid\n"]
             head, *lines = grid(runs, digits)

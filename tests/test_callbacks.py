@@ -77,7 +77,7 @@ def factor_gradients(model: PeftModel, **kwargs: Any) -> dict[str, torch.Tensor]
 def regularizer_in_training(tiny: TinyModel, folder: Path, *extra: TrainerCallback, **arguments: Any):
     """What the callback adds to the gradients before the first step, by parameter."""
     before, after = Spy("on_pre_optimizer_step", factor_gradients), Spy("on_pre_optimizer_step", factor_gradients)
-    model = adapted(tiny, warmup_steps=0, allocation_steps=1)
+    model = adapted(tiny, warmup_steps=0, allocation_steps=1, init_weights="gaussian")
     callbacks = [before, RankAllocationCallback(log=False), *extra, after]
     # the spies' order is the callbacks'
     train(model, tiny, folder, callbacks=callbacks, max_steps=1, **arguments)
@@ -86,7 +86,7 @@ def regularizer_in_training(tiny: TinyModel, folder: Path, *extra: TrainerCallba
 
 def expected_regularizer(tiny: TinyModel, weight: float = 0.1) -> dict[str, torch.Tensor]:
     """Autograd of the formula, at the start of the training."""
-    model = adapted(tiny, warmup_steps=0, allocation_steps=1)
+    model = adapted(tiny, warmup_steps=0, allocation_steps=1, init_weights="gaussian")
     factors = {n: p for n, p in model.named_parameters() if "salientlora_A" in n or "salientlora_B" in n}
     total = 0.0
     for name, factor in factors.items():
@@ -125,7 +125,7 @@ def test_the_regularizer_does_not_depend_on_the_loss_function(llama: TinyModel, 
     seen = {}
     spies = [Spy("on_pre_optimizer_step", factor_gradients) for _ in range(2)]
     trainer = make_trainer(
-        adapted(llama, warmup_steps=0, allocation_steps=1),
+        adapted(llama, warmup_steps=0, allocation_steps=1, init_weights="gaussian"),
         llama,
         tmp_path,
         callbacks=[spies[0], RankAllocationCallback(log=False), spies[1]],

@@ -318,7 +318,7 @@ def flags_for(model: str, files: SimpleNamespace, output: Path, **values) -> lis
     quiet = {"disable_tqdm": True, "report_to": "none", "use_cpu": True, "logging_steps": 1}
     ranks = {"init_r": 4, "target_r": 2, "lora_alpha": 16}
     generation = {"max_target_length": 6, "generation_num_beams": 2}
-    common = {"model_name_or_path": files.folder / model, "learning_rate": 1e-2, "seed": 3}
+    common = {"model_name_or_path": files.folder / model, "learning_rate": 2e-3, "seed": 3}
     return flags(**common, **paths, **quiet, **ranks, **generation, **values)
 
 

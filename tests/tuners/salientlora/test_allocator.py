@@ -272,6 +272,26 @@ def test_every_option_of_the_scores_meets_the_budget(scope: str, slope: float) -
     assert sum(ranks.values()) == 28 and min(ranks.values()) >= 1
 
 
+@pytest.mark.parametrize("start", [True, "gaussian"])
+def test_what_ranks_are_compared_by(start: str | bool) -> None:
+    """The norm of what a rank adds to the weight, as a root mean square over the outputs, or E alone where that starts at 0."""
+    model = adapted(LLAMA, init_weights=start, salience_lambda=1.0, warmup_steps=0, allocation_steps=6)
+    tuner, expected = model.base_model, []
+    tuner.resolve_schedule(6)
+    for layer in tuner.adapter_layers("default").values():
+        A, E, B = (getattr(layer, f"salientlora_{factor}")["default"] for factor in "AEB")
+        for factor in (A, E, B):
+            torch.nn.init.normal_(factor)
+        added = [(B[:, [i]] @ A[[i]] * E[i]).detach() for i in range(len(E))]  # (out, in) of every rank
+        sizes = [float(one.norm(dim=1).square().mean().sqrt()) for one in added]
+        expected.append(E.detach().abs() if start == "gaussian" else torch.tensor(sizes))
+    kept = sorted(torch.cat(expected).topk(tuner.allocator("default").target_total).values.tolist())
+    for step in range(1, 7):
+        tuner.update_and_allocate(step)
+    alive = [expected[i][ranks] for i, ranks in enumerate(tuner.allocator("default").living())]
+    assert_close(sorted(torch.cat(alive).tolist()), kept, 1e-6)
+
+
 def test_a_constant_window_meets_the_budget() -> None:
     """Singular values that never move: a learning rate of zero."""
     model = adapted(LLAMA)

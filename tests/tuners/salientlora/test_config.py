@@ -121,7 +121,7 @@ def test_phases_that_do_not_fit_are_refused() -> None:
 
 def test_the_scale_and_whether_ranks_are_pruned() -> None:
     assert SalientLoRAConfig(init_r=8, lora_alpha=4).scaling == 0.5
-    assert SalientLoRAConfig(init_r=8).scaling == SalientLoRAConfig(init_r=3).scaling == 4
+    assert SalientLoRAConfig(init_r=8).scaling == SalientLoRAConfig(init_r=3).scaling == 2
     assert SalientLoRAConfig(init_r=8, target_r=4).allocates
     assert not SalientLoRAConfig(init_r=8, target_r=8).allocates
 

@@ -140,13 +140,17 @@ class RankAllocator:
         late = [decision for decision in self.pending if decision.step <= step]
         return late[-1] if late and self._rows else None
 
-    def decide(self, decision: Decision) -> torch.Tensor:
-        """(N,) bool on the CPU: the ranks to keep, of those that exist. Clears the window; the same on every process."""
+    def decide(self, decision: Decision, norms: torch.Tensor | None = None) -> torch.Tensor:
+        """(N,) bool on the CPU: the ranks to keep, of those that exist. Clears the window; the same on every process.
+
+        `norms`, (N,), are what the recorded values are multiplied by; 1 if not given.
+        """
         config = self.config
         device = self._window.device
         alive = self.alive.to(device)
+        window = self._window[: self._rows]
         scores = salience_scores(
-            self._window[: self._rows],
+            window if norms is None else window * norms.to(device),
             self._regularizer[: self._rows],
             self.sizes,
             alive=alive,

@@ -14,7 +14,7 @@ from ..config import AdaptedModulesConfig, check_int, check_number
 
 
 DEFAULT_RATIOS = {"warmup": 0.1, "allocation": 0.5}
-INITIALISATIONS = ("gaussian", "orthogonal", "lora")
+INITIALISATIONS = ("lora", "gaussian", "orthogonal")
 
 
 @dataclass
@@ -58,18 +58,18 @@ class SalientLoRAConfig(AdaptedModulesConfig):
     lora_alpha: float | None = field(
         default=None,
         metadata={
-            "help": "The update is scaled by `lora_alpha / init_r`; pruning does not change the scale. 4 times `init_r` "
-            "if not given: E starts at 0, so that it takes a larger scale than LoRA's to move as fast."
+            "help": "The update is scaled by `lora_alpha / init_r`; pruning does not change the scale. Twice `init_r` if "
+            "not given."
         },
     )
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout probability of the adapter's input."})
-    init_weights: bool | Literal["gaussian", "orthogonal", "lora"] = field(
+    init_weights: bool | Literal["lora", "gaussian", "orthogonal"] = field(
         default=True,
         metadata={
-            "help": "How A, E and B start. `True`: A and B normal, with ranks of one norm whatever the width of the "
-            "module, E = 0, so that the adapter starts as the identity. `False`: random, not the identity. "
-            "`'gaussian'`: A and B normal with deviation 0.02, E = 0, as in the released code. `'orthogonal'`: A and B with orthonormal ranks, E = 0. `'lora'`: A as in LoRA, "
-            "E = 1, B = 0."
+            "help": "How A, E and B start. `True` or `'lora'`: A as in LoRA, E = 1, B = 0, so that the adapter starts as the "
+            "identity and learns as fast as LoRA. `False`: random, not the identity. `'gaussian'`: A and B normal with "
+            "deviation 0.02, E = 0, as in the released code. `'orthogonal'`: A and B with orthonormal ranks, E = 0. Where "
+            "E starts at 0 the updates start several times smaller: raise `lora_alpha`."
         },
     )
     warmup_steps: int | None = field(
@@ -139,6 +139,11 @@ class SalientLoRAConfig(AdaptedModulesConfig):
         return self.lora_alpha / self.init_r
 
     @property
+    def compares_norms(self) -> bool:
+        """Whether the norms of A and B count when ranks are compared: where E does not start at 0 it says little alone."""
+        return self.init_weights not in ("gaussian", "orthogonal") and not self.reference
+
+    @property
     def allocates(self) -> bool:
         """Whether ranks are to be pruned at all."""
         return self.target_r < self.init_r
@@ -206,7 +211,7 @@ class SalientLoRAConfig(AdaptedModulesConfig):
                 f"`min_r={self.min_r}` must be at most `target_r={self.target_r}`, or the budget cannot be met."
             )
         if self.lora_alpha is None:
-            self.lora_alpha = 4.0 * self.init_r
+            self.lora_alpha = 2.0 * self.init_r
         check_number("lora_alpha", self.lora_alpha, lambda value: value > 0, "above 0")
         check_number("lora_dropout", self.lora_dropout, lambda value: 0 <= value < 1, "in [0, 1)")
         if not isinstance(self.init_weights, bool) and self.init_weights not in INITIALISATIONS:

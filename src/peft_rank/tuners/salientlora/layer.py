@@ -28,11 +28,6 @@ from .functional import (
 )
 
 
-# Expected squared norm of a row of A and of a column of B at the start, whatever the width of the module. Together with
-# the default scale of 4, a step on E moves the weight about as far as a step on LoRA's B.
-RANK_NORM = 0.375
-
-
 class SalientLoRALayer(AdditiveLayer):
     """State of the adapters of one module, whatever its type.
 
@@ -101,11 +96,7 @@ class SalientLoRALayer(AdditiveLayer):
         A, E, B = self.salientlora_A[adapter_name], self.salientlora_E[adapter_name], self.salientlora_B[adapter_name]
         if A.device.type == "meta" or A.shape[0] == 0:
             return
-        if init_weights == "lora":
-            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
-            nn.init.ones_(E)
-            nn.init.zeros_(B)
-        elif init_weights == "orthogonal":
+        if init_weights == "orthogonal":
             nn.init.orthogonal_(A)
             nn.init.zeros_(E)
             nn.init.orthogonal_(B)
@@ -114,9 +105,9 @@ class SalientLoRALayer(AdditiveLayer):
             nn.init.zeros_(E)
             nn.init.normal_(B, std=0.02)
         elif init_weights:
-            nn.init.normal_(A, std=math.sqrt(RANK_NORM / self.in_features))
-            nn.init.zeros_(E)
-            nn.init.normal_(B, std=math.sqrt(RANK_NORM / self.out_features))
+            nn.init.kaiming_uniform_(A, a=math.sqrt(5))
+            nn.init.ones_(E)
+            nn.init.zeros_(B)
         else:
             nn.init.kaiming_uniform_(A, a=math.sqrt(5))
             nn.init.constant_(E, 1 / self.salientlora_scaling[adapter_name])

@@ -185,7 +185,7 @@ class SalientLoRATraining(AdaptiveRankTuner):
             decision = allocator.due(global_step)
             if decision is not None:
                 decided = True
-                self._prune(name, allocator.decide(decision))
+                self._prune(name, allocator.decide(decision, self._norms(name)))
                 if shrink == "each" or allocator.finished:
                     self._remove_pruned(name, optimizer)
         return decided
@@ -209,6 +209,16 @@ class SalientLoRATraining(AdaptiveRankTuner):
             values = gather(in_full_precision(self._stored(adapter_name)[1]))
             values = [E if mask is None else E * mask.to(E) for E, mask in zip(values, alive, strict=True)]
             self.allocator(adapter_name).record(values, orthogonality(down, up, alive))
+
+    def _norms(self, adapter_name: str) -> torch.Tensor | None:
+        """|a_i| rms(b_i) of all ranks, (N,): times |E_i|, how much of an input a rank adds to an output. Not the norm of b_i: Adam
+        moves all of its entries alike, and only the widest modules would keep ranks. None where E says it all."""
+        if not self.peft_config[adapter_name].compares_norms:
+            return None
+        with self._gathered(adapter_name):
+            down, up, _ = self._factors(adapter_name)
+            norms = [A.float().norm(dim=1) * B.float().square().mean(0).sqrt() for A, B in zip(down, up, strict=True)]
+        return torch.cat([each.to(norms[0].device) for each in norms])
 
     def _prune(self, adapter_name: str, keep: torch.Tensor) -> None:
         layers = self.adapter_layers(adapter_name).values()
@@ -279,7 +289,7 @@ class SalientLoRATraining(AdaptiveRankTuner):
         )
         if allocator.due(last.step) is None:
             self._record(name)
-        self._prune(name, allocator.decide(last))
+        self._prune(name, allocator.decide(last, self._norms(name)))
 
     @property
     def allocation_finished(self) -> bool:
