@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from peft_rank import SalientLoRAConfig
 from peft_rank.allocation.salience import salience_scores
-from peft_rank.orthogonality import orthogonality_and_gradient
+from peft_rank.orthogonality import orthogonality, orthogonality_gradient
 from peft_rank.tuners.salientlora import allocator as salient_allocator
 
 
@@ -177,12 +177,13 @@ class StackedTraining:
         if self.adalora:
             loss = loss + self._regularizer_of_adalora()
         loss.backward()
-        if self.salient:
+        if self.salient and any(config.orth_reg_weight for config in self.configs):
             self._add_regularization_gradient()
         self.optimizer.step()
         if self.salient:
             with torch.no_grad():
                 self.values = torch.stack(list(self.leaves["E"])) * self.masks
+                self.regularizers = torch.vmap(orthogonality)(*self._factors_of_salientlora())
         if self.adalora:
             self._update_importance()
 
@@ -255,7 +256,7 @@ class StackedTraining:
             for layer in tuner.adapter_layers(ADAPTER).values():
                 layer.salientlora_mask[ADAPTER] = next(masks)
 
-            def record(name: str, regularizer: None, k: int = k) -> None:
+            def record(name: str, k: int = k) -> None:
                 self.tuners[k].allocator(name).record([self.values[k]], self.regularizers[k])
 
             tuner._record = record
@@ -268,9 +269,9 @@ class StackedTraining:
         return [self._cut(kind, stack) for kind, stack in (stacks | {"E": self.masks}).items()]
 
     def _add_regularization_gradient(self) -> None:
-        """As each tuner's `add_regularization_gradient`, which also keeps the regularizer for the window."""
+        """As each tuner's `add_regularization_gradient`."""
         factors = self._factors_of_salientlora()
-        self.regularizers, *gradients = torch.vmap(orthogonality_and_gradient)(*factors, self.orth_reg_weights)
+        gradients = torch.vmap(orthogonality_gradient)(*factors, self.orth_reg_weights)
         for kind, pieces in zip("AB", gradients, strict=True):
             rows = torch.cat([piece.flatten(1) for piece in pieces], 1)
             torch._foreach_add_([leaf.grad for leaf in self.leaves[kind]], list(rows.unbind()))

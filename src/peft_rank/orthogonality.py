@@ -149,20 +149,7 @@ def orthogonality_gradient(
     Raises:
         ValueError: If the sequences are empty or differ in length.
     """
-    return orthogonality_and_gradient(down, up, alive, weight)[1:]
-
-
-@torch.no_grad()
-def orthogonality_and_gradient(
-    down: Sequence[torch.Tensor],
-    up: Sequence[torch.Tensor],
-    alive: Sequence[torch.Tensor | None] | None = None,
-    weight: float = 1.0,
-) -> tuple[torch.Tensor, list[torch.Tensor], list[torch.Tensor]]:
-    """What [`orthogonality`] returns, without the weight, and what [`orthogonality_gradient`] returns, at the cost of the
-    gradient."""
     _check(down, up)
-    total = torch.zeros((), dtype=torch.float32, device=down[0].device)
     gradients: tuple[list, list] = ([None] * len(down), [None] * len(up))
     for rank_dim, factors in enumerate((down, up)):
         for position, factor in enumerate(factors):
@@ -170,7 +157,6 @@ def orthogonality_and_gradient(
                 gradients[rank_dim][position] = torch.zeros_like(factor, dtype=torch.float32)
         for positions, stack, masks in _stacks(factors, alive or [None] * len(down), rank_dim):
             residual, norm = _residual(stack, masks, rank_dim)
-            total = total + norm.sum().to(total.device)
             # a residual within rounding of 0 has no direction; the floor lets its gradient vanish
             floor = torch.finfo(norm.dtype).eps * 8 * residual.shape[1]
             residual *= weight / len(down) / norm.clamp_min(floor)
@@ -178,4 +164,4 @@ def orthogonality_and_gradient(
             for position, each in zip(positions, gradient.unbind(), strict=True):
                 r = factors[position].shape[rank_dim]
                 gradients[rank_dim][position] = each if r == each.shape[rank_dim] else each.narrow(rank_dim, 0, r)
-    return total / (2 * len(down)), *gradients
+    return gradients

@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers.trainer_pt_utils import get_model_param_count
 
-from peft_rank.orthogonality import orthogonality, orthogonality_and_gradient
+from peft_rank.orthogonality import orthogonality, orthogonality_gradient
 
 from ..adaptive import AdaptiveRankTuner, ShrinkPolicy, add_to_gradients, check_step
 from ..sharding import gather, in_full_precision, is_sharded
@@ -36,8 +36,6 @@ class SalientLoRATraining(AdaptiveRankTuner):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # injection, which the base class starts, needs it
         self._allocators: dict[str, RankAllocator] = {}
-        # values of the regularizer that came with the gradients of the current step, by adapter
-        self._regularizers: dict[str, torch.Tensor] = {}
         super().__init__(*args, **kwargs)
         self._prepared_layers: list[SalientLoRALayer] = []
         self._hooks = (
@@ -136,8 +134,7 @@ class SalientLoRATraining(AdaptiveRankTuner):
         if weight == 0:
             return []
         down, _, up = self._stored(adapter_name)
-        self._regularizers[adapter_name], *gradients = orthogonality_and_gradient(*self._factors(adapter_name), weight)
-        return list(zip((down, up), gradients, strict=True))
+        return list(zip((down, up), orthogonality_gradient(*self._factors(adapter_name), weight), strict=True))
 
     def _stored(self, adapter_name: str) -> list[tuple[nn.Parameter, ...]]:
         """A of all modules, E of all, B of all: the parameters as they are."""
@@ -173,7 +170,6 @@ class SalientLoRATraining(AdaptiveRankTuner):
     ) -> bool:
         check_step(global_step)
         decided = False
-        regularizers, self._regularizers = self._regularizers, {}
         for name in self._allocating_adapters():
             allocator = self.allocator(name)
             if allocator.schedule is None and not allocator.finished:
@@ -185,7 +181,7 @@ class SalientLoRATraining(AdaptiveRankTuner):
             allocator.rolled_back = False
             if not allocator.wants(global_step):
                 continue
-            self._record(name, regularizers.get(name))
+            self._record(name)
             decision = allocator.due(global_step)
             if decision is not None:
                 decided = True
@@ -207,16 +203,12 @@ class SalientLoRATraining(AdaptiveRankTuner):
                 f"The allocation has no schedule: `resolve_schedule` was not called. {error}"
             ) from error
 
-    def _record(self, adapter_name: str, regularizer: torch.Tensor | None = None) -> None:
-        """Put E into the window, and beside it the regularizer: as it was in this step's gradient, as in the released code, or
-        where that had none, as it is."""
+    def _record(self, adapter_name: str) -> None:
         with self._gathered(adapter_name):
-            if regularizer is None:
-                regularizer = orthogonality(*self._factors(adapter_name))
+            down, up, alive = self._factors(adapter_name)
             values = gather(in_full_precision(self._stored(adapter_name)[1]))
-            masks = [layer.salientlora_mask.get(adapter_name) for layer in self.adapter_layers(adapter_name).values()]
-            values = [E if mask is None else E * mask.to(E) for E, mask in zip(values, masks, strict=True)]
-            self.allocator(adapter_name).record(values, regularizer)
+            values = [E if mask is None else E * mask.to(E) for E, mask in zip(values, alive, strict=True)]
+            self.allocator(adapter_name).record(values, orthogonality(down, up, alive))
 
     def _norms(self, adapter_name: str) -> torch.Tensor | None:
         """|a_i| rms(b_i) of all ranks, (N,): times |E_i|, how much of an input a rank adds to an output. Not the norm of b_i: Adam
