@@ -139,7 +139,7 @@ def time_steps(step: Callable[[], None], steps: int, warmup: int) -> dict[str, f
         host.append(1e3 * (time.perf_counter() - start))
         synchronize()
         times.append(1e3 * (time.perf_counter() - start))
-    spread = statistics.quantiles(times, n=4)
+    spread = statistics.quantiles(times, n=4) if steps > 1 else 3 * times
     found = {"ms": round(statistics.median(times), 2), "ms_iqr": round(spread[2] - spread[0], 2)}
     if cuda:
         peak = torch.cuda.max_memory_allocated()

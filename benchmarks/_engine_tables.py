@@ -35,7 +35,7 @@ ENGINES = {
         "Several GPUs",
         (
             "HF Trainer, LLaMA-{shape} shape, random weights, {batch} x {length} tokens a step on {processes} GPUs together (one "
-            "process: one GPU). Ranks elsewhere than with one process in fp32; all else in bfloat16. Shares of the time of a "
+            "process: one GPU). Ranks elsewhere than with one process in fp32, on four blocks; all else in bfloat16. Shares of the time of a "
             "step, waiting for the device before and after: upper bounds."
         ),
         several_gpus,

@@ -78,7 +78,7 @@ def without_influence(window: Tensor, regularizer: Tensor, sizes: list[int], **o
 
 
 def magnitude_only(window: Tensor, regularizer: Tensor, sizes: list[int], **options: Any) -> Tensor:
-    """The singular values as they are, no window."""
+    """The values as they are, no window."""
     return window[-1].abs()
 
 

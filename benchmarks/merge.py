@@ -12,16 +12,14 @@ dense model, the first is kept; what a part had no time for is left out.
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 from pathlib import Path
 from typing import Any
 
-import training_step
-
 
 DIVIDED = ("seeds", "ratios", "tasks", "methods", "decompositions")
-OF_COMPRESSION = ("task", "seed", "decomposition", "ranks", "ratio")
-KEY = (*training_step.KEY, *OF_COMPRESSION)  # what tells rows apart, of any study
+KEY = ("method", "task", "seed", "decomposition", "ranks", "ratio")
 
 
 def merge(parts: list[dict[str, Any]]) -> dict[str, Any]:
@@ -31,7 +29,7 @@ def merge(parts: list[dict[str, Any]]) -> dict[str, Any]:
         SystemExit: If the parts differ in a setting that must not differ, or in where they were measured.
     """
     first = parts[0]
-    merged: dict[str, Any] = {"environment": first["environment"], "settings": dict(first["settings"])}
+    merged: dict[str, Any] = {"environment": first["environment"], "settings": copy.deepcopy(first["settings"])}
     rows: dict[tuple[Any, ...], dict[str, Any]] = {}
     for part in parts:
         for group in ("environment", "settings"):
@@ -41,8 +39,8 @@ def merge(parts: list[dict[str, Any]]) -> dict[str, Any]:
                 raise SystemExit(f"The parts are not of one study: they differ in {', '.join(wrong)}.")
             for key in different:
                 if key in DIVIDED:
-                    values = merged["settings"][key]
-                    values += [value for value in part["settings"][key] if value not in values]
+                    values = merged["settings"].setdefault(key, [])
+                    values += [value for value in part["settings"].get(key, []) if value not in values]
         for row in part["rows"]:
             if "error" not in row:
                 rows.setdefault(tuple(row.get(name) for name in KEY), row)

@@ -165,7 +165,7 @@ def quality() -> list[str]:
             )
             if fields := study["arguments"]["overrides"]:
                 told = ", ".join(f"`{name}={value!r}`" for name, value in fields.items())
-                note += f" SalientLoRA not at its defaults but with {told}."
+                note += f" SalientLoRA not at its defaults but with {told}. {study.get('note', '')}"
             parts += [f"## {title}\n", note + "\n", origin(study)]
             head, *lines = best(runs, tasks, sign, digits)
             parts += [table(head, lines), "### The grid\n"]

@@ -84,7 +84,7 @@ def test_inspect_tells_a_running_allocation_from_one_that_never_ran(
 
 def test_inspect_a_checkpoint_of_the_warmup(llama: TinyModel, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     """The learning rate starts at 0, so that all of E are still 0 after the first step."""
-    model = adapted(llama)
+    model = adapted(llama, init_weights="gaussian")
     model.base_model.resolve_schedule(20)
     steps_by_hand(model, llama, 1, 1, torch.optim.SGD(model.parameters(), lr=0.0))
     model.save_pretrained(tmp_path)

@@ -70,7 +70,7 @@ def test_dead_ranks_get_no_gradient() -> None:
 
 
 def test_a_zero_factor_that_is_alive_is_not_orthonormal() -> None:
-    """B starts at zero with `init_weights="lora"`."""
+    """B starts at zero by default."""
     down, up = make_factors([(4, 8, 6)])
     up = [torch.zeros_like(up[0])]
     torch.testing.assert_close(orthogonality(down, up).double(), literal(down, up), rtol=1e-6, atol=0)

@@ -32,6 +32,9 @@ class MethodArguments:
         default=32.0,
         metadata={"help": "lora_alpha / init_r scales the update; lora gets the same scale whatever its rank."},
     )
+    init_weights: Literal["lora", "gaussian", "orthogonal"] = field(
+        default="lora", metadata={"help": "Start of SalientLoRA; gaussian is that of its authors' code."}
+    )
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout on the adapters' input."})
     allocation_warmup_steps: float = field(
         default=0.1, metadata={"help": "Steps at the initial rank; below 1: share of the training steps."}
@@ -97,6 +100,7 @@ def adapter_config(
         correlation_threshold=args.correlation_threshold,
         slope_threshold=args.slope_threshold,
         salience_lambda=args.salience_lambda,
+        init_weights=args.init_weights,
         **common,
     )
 

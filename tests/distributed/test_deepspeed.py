@@ -13,6 +13,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 
 from peft_rank import SalientLoRAConfig, get_rank_pattern
+from peft_rank.tuners.sharding import in_full_precision
 from tiny_models import TinyModel
 
 
@@ -134,6 +135,15 @@ def test_resuming_from_a_missing_checkpoint_names_it(llama: TinyModel, tmp_path:
     tuner.check_resumed(10, tmp_path / "checkpoint-10")  # the allocation starts after step 10
     with pytest.raises(RuntimeError, match="resumes at step 11.*read from .*checkpoint-11.*`output_dir`"):
         tuner.check_resumed(11, tmp_path / "checkpoint-11")
+
+
+def test_what_deepspeed_does_not_train_is_read_as_it_is() -> None:
+    """It keeps copies of what is in half precision and trained, and nothing of the rest."""
+    frozen, single = torch.nn.Parameter(torch.ones(2).half(), requires_grad=False), torch.nn.Parameter(torch.ones(3))
+    frozen._hp_mapping = single._hp_mapping = None
+    other = torch.nn.Parameter(torch.ones(2).half())  # in no group of the optimizer
+    found = in_full_precision([frozen, single, other])
+    assert all(one is two for one, two in zip(found, [frozen, single, other], strict=True))
 
 
 @pytest.mark.parametrize("name", ["fp16-zero2", "fp16-zero3"])

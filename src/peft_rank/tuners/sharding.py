@@ -10,7 +10,6 @@ from functools import cache
 
 import torch
 import torch.distributed as dist
-from accelerate.utils import is_deepspeed_available
 
 
 _AVAILABLE = dist.is_available()  # kept, like what else is asked of hundreds of tensors in every step
@@ -81,24 +80,28 @@ def gather(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 def in_full_precision(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """The parameters, or where DeepSpeed trains float32 copies in their place, these, in full and on every process: small
     steps vanish in half precision. All copies come in one message, where DeepSpeed's own function sends one for each."""
-    if parameters[0].dtype == torch.float32 or not is_deepspeed_available():
-        return list(parameters)
-    if "ds_id" in vars(parameters[0]):
-        return _of_zero3(parameters)
-    held = [parameter for parameter in parameters if "_hp_mapping" in vars(parameter)]
-    return _of_zero(parameters, held[0]._dp_group) if held else list(parameters)
+    full = list(parameters)
+    # attributes that DeepSpeed sets; it keeps copies of what it trains only
+    trained = [i for i, p in enumerate(parameters) if p.dtype != torch.float32 and p.requires_grad]
+    for attribute, gather_copies in (("ds_id", _of_zero3), ("_hp_mapping", _of_zero)):
+        held = [i for i in trained if attribute in vars(parameters[i])]
+        if held:
+            for i, copy in zip(held, gather_copies([parameters[i] for i in held]), strict=True):
+                full[i] = copy
+            break
+    return full
 
 
-def _of_zero(parameters: Sequence[torch.Tensor], group: dist.ProcessGroup) -> list[torch.Tensor]:
+def _of_zero(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Stages 1 and 2: each process holds pieces of one long vector, which may begin and end within a parameter."""
-    flat = torch.zeros(sum(p.numel() for p in parameters), device=parameters[0].device)
+    flat = torch.zeros(sum(p.numel() for p in parameters), dtype=torch.float32, device=parameters[0].device)
     parts = flat.split([p.numel() for p in parameters])
     for parameter, part in zip(parameters, parts, strict=True):
-        mapping = vars(parameter).get("_hp_mapping")  # none for an empty parameter
-        if mapping is not None:
+        mapping = parameter._hp_mapping
+        if mapping is not None:  # or all of it is elsewhere
             address = mapping.lp_fragment_address
             part[address.start : address.start + address.numel].copy_(mapping.get_hp_fragment())
-    dist.all_reduce(flat, group=group)
+    dist.all_reduce(flat, group=parameters[0]._dp_group)
     return [part.view(parameter.shape) for parameter, part in zip(parameters, parts, strict=True)]
 
 

@@ -1,7 +1,8 @@
 # Copyright 2026 The peft_rank authors. Licensed under the Apache License, Version 2.0.
 """Memory and clock of one adapter's allocation: what was recorded, what was decided, what comes next.
 
-It sees singular values as one vector over the model, module by module, and knows neither layers nor optimizers.
+It sees the values of ranks (E, or E times norms) as one vector over the model, module by module, and knows neither layers nor
+optimizers.
 """
 
 from __future__ import annotations

@@ -66,10 +66,10 @@ class SalientLoRAConfig(AdaptedModulesConfig):
     init_weights: bool | Literal["lora", "gaussian", "orthogonal"] = field(
         default=True,
         metadata={
-            "help": "How A, E and B start. `True` or `'lora'`: A as in LoRA, E = 1, B = 0, so that the adapter starts as the "
-            "identity and learns as fast as LoRA. `False`: random, not the identity. `'gaussian'`: A and B normal with "
-            "deviation 0.02, E = 0, as in the released code. `'orthogonal'`: A and B with orthonormal ranks, E = 0. Where "
-            "E starts at 0 the updates start several times smaller: raise `lora_alpha`."
+            "help": "How A, E and B start. `True`: as `'lora'`, or with `reference` as `'gaussian'`. `False`: random, not the "
+            "identity. `'lora'`: A as in LoRA, E = 1, B = 0, so that the adapter starts as the identity and learns as fast as "
+            "LoRA. `'gaussian'`: A and B normal with deviation 0.02, E = 0, as in the released code. `'orthogonal'`: A and B "
+            "with orthonormal ranks, E = 0. Where E starts at 0 the updates start several times smaller: raise `lora_alpha`."
         },
     )
     warmup_steps: int | None = field(
@@ -139,9 +139,16 @@ class SalientLoRAConfig(AdaptedModulesConfig):
         return self.lora_alpha / self.init_r
 
     @property
+    def start(self) -> str | bool:
+        """`init_weights` by name; False for a random start."""
+        if self.init_weights is True:
+            return "gaussian" if self.reference else "lora"
+        return self.init_weights
+
+    @property
     def compares_norms(self) -> bool:
         """Whether the norms of A and B count when ranks are compared: where E does not start at 0 it says little alone."""
-        return self.init_weights not in ("gaussian", "orthogonal") and not self.reference
+        return self.start not in ("gaussian", "orthogonal") and not self.reference
 
     @property
     def allocates(self) -> bool:

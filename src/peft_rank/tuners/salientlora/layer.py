@@ -84,27 +84,27 @@ class SalientLoRALayer(AdditiveLayer):
         self.salientlora_A[adapter_name] = nn.Parameter(torch.empty(r, self.in_features))
         self.salientlora_E[adapter_name] = nn.Parameter(torch.empty(r))
         self.salientlora_B[adapter_name] = nn.Parameter(torch.empty(self.out_features, r))
-        self.reset_parameters(adapter_name, config.init_weights)
+        self.reset_parameters(adapter_name, config.start)
         if state_numel:
             self.salientlora_state[adapter_name] = torch.zeros(state_numel, dtype=torch.uint8)
         self._move_adapter_to_device_of_base_layer(adapter_name)
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     @torch.no_grad()
-    def reset_parameters(self, adapter_name: str, init_weights: bool | str) -> None:
+    def reset_parameters(self, adapter_name: str, start: bool | str) -> None:
         """Initialise the factors, see `SalientLoRAConfig.init_weights`."""
         A, E, B = self.salientlora_A[adapter_name], self.salientlora_E[adapter_name], self.salientlora_B[adapter_name]
         if A.device.type == "meta" or A.shape[0] == 0:
             return
-        if init_weights == "orthogonal":
+        if start == "orthogonal":
             nn.init.orthogonal_(A)
             nn.init.zeros_(E)
             nn.init.orthogonal_(B)
-        elif init_weights == "gaussian":
+        elif start == "gaussian":
             nn.init.normal_(A, std=0.02)
             nn.init.zeros_(E)
             nn.init.normal_(B, std=0.02)
-        elif init_weights:
+        elif start:
             nn.init.kaiming_uniform_(A, a=math.sqrt(5))
             nn.init.ones_(E)
             nn.init.zeros_(B)
