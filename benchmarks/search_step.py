@@ -5,7 +5,8 @@
 
 Weights and factors are random: a step takes as long as with real ones. The bound is the same model with every linear as
 two frozen products of full rank, forward and backward. A search is measured at its start, where all ranks are in the mask,
-and late, with `--late` of the ranks likely and the others hopeless. L2LRC is measured without and with distillation,
+and late, with `--late` of the ranks likely and the others hopeless, and with every block of the decoder compiled, beside the
+products compiled likewise. L2LRC is measured without and with distillation,
 whose dense model runs forward besides.
 """
 
@@ -86,6 +87,13 @@ def make_late(tuner: Any, part: float) -> None:
             value.bias.copy_(logits - tuner.peft_config["default"].mask_bias)
 
 
+def compile_blocks(model: nn.Module, backend: str) -> None:
+    """Each block by itself, so that they share what is compiled."""
+    torch._dynamo.reset()
+    for block in model.model.layers:
+        block.compile(backend=backend)
+
+
 def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ids = torch.randint(0, 32_000, (args.batch, args.tokens), device=device)
@@ -102,6 +110,9 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     dense = bound(model)
     products = row("two products, full rank", lambda: dense(input_ids=ids, labels=ids).loss.backward(), None)
     yield products
+    compile_blocks(dense, args.backend)
+    compiled = row("two products, compiled", lambda: dense(input_ids=ids, labels=ids).loss.backward(), None)
+    yield compiled
     for name in args.searches:
         del model
         dense = None
@@ -124,6 +135,10 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             optimizer.zero_grad()
 
         yield row(f"{name}, start", step, products)
+        compile_blocks(model.get_base_model(), args.backend)
+        yield row(f"{name}, compiled", step, compiled)
+        for block in model.get_base_model().model.layers:
+            block._compiled_call_impl = None
         make_late(tuner, args.late)
         yield row(f"{name}, {args.late:.0%} of the ranks", step, products)
         del tuner, optimizer, step
@@ -138,6 +153,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--late", type=float, default=0.4, help="part of the ranks that are left late in a search")
     parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--backend", default="inductor", help="of torch.compile")
     parser.add_argument("--searches", nargs="+", default=list(SEARCHES), choices=list(SEARCHES))
     return parser.parse_args(argv)
 

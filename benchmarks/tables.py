@@ -20,6 +20,7 @@ from _quality_tables import best, grid, read_study
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 SECTIONS = {
     "methods": "All seven linears, 32 layers, rank 16 (AdaLoRA and SalientLoRA: 16 to 8)",
+    "compiled": "The same, compiled block by block",
     "ranks": "Against the initial rank (4 x 512 tokens)",
     "shrinking": "SalientLoRA before the first and after the last decision (64 ranks to 8)",
     "modes": "Other modes",
@@ -53,7 +54,7 @@ def training_step(result: dict[str, Any], section: str) -> str:
     lines, floors = [], {}
     for row in rows:
         options = ", ".join(name if row[name] is True else str(row[name]) for name in STEP_OPTIONS if name in row)
-        key = (row["shape"], options if row["method"] == "floor" or section == "modes" else "")
+        key = (row["shape"], options if row["method"] == "floor" or section in ("modes", "compiled") else "")
         floors |= {key: row["ms"]} if row["method"] == "floor" else {}
         ratio = f"{row['ms'] / floors[key]:.2f}" if key in floors else ""
         setting = (

@@ -2,7 +2,7 @@
 """Time and memory of one training step on a LLaMA-7B-shaped model, side by side with PEFT.
 
     python benchmarks/training_step.py                      # every section
-    python benchmarks/training_step.py --sections methods   # one of: methods, modes, ranks, shrinking
+    python benchmarks/training_step.py --sections methods   # one of: methods, compiled, modes, ranks, shrinking
 
 Random weights in bfloat16, all seven linears of 32 layers adapted, fused AdamW. The floor is the frozen model's own
 forward and backward through its activations. SalientLoRA runs with everything on: regularizer, recording, decisions.
@@ -28,6 +28,7 @@ from peft_rank import SalientLoRAConfig
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 SHAPES = {"4x512": (4, 512), "8x1024": (8, 1024)}
 WARMUP, STEPS = 5, 15
+BLOCKS = "compiled blocks"  # each block of the decoder by itself, which compiles once for all of them
 Plan = list[tuple[str, Any, str, dict[str, Any]]]
 """Name, configuration, shape and options of the rows of a section."""
 KEY = ("section", "method", "shape", "rank", "phase", *STEP_OPTIONS)
@@ -79,7 +80,10 @@ class Step:
             self.model = get_peft_model(base, config, autocast_adapter_dtype=autocast_adapter_dtype)
             trained = [p for p in self.model.parameters() if p.requires_grad]
             self.optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
-        self.forward = torch.compile(self.model) if self.compiled else self.model
+        self.forward = torch.compile(self.model) if self.compiled is True else self.model
+        if self.compiled == BLOCKS:
+            for block in base.model.layers:
+                block.compile()
 
     def __call__(self) -> None:
         self.count += 1
@@ -106,6 +110,8 @@ class Step:
             self.model.unload()
         if self.checkpointing:
             self.base.gradient_checkpointing_disable()
+        for block in self.base.model.layers:
+            block._compiled_call_impl = None
 
 
 def run(base: LlamaForCausalLM, config: PeftConfig | None, shape: str, steps: int, **options: Any) -> dict[str, Any]:
@@ -133,6 +139,15 @@ def methods() -> Plan:
             ("AdaLoRA", adalora(16, 8), shape, {}),
         ]
     return plan
+
+
+def compiled() -> Plan:
+    mode = {"compile": BLOCKS}
+    return [
+        ("floor", None, "4x512", mode),
+        ("LoRA", LoraConfig(r=16, lora_alpha=16, target_modules=LINEARS), "4x512", mode),
+        ("SalientLoRA", salient(16, 8), "4x512", mode),
+    ]
 
 
 def modes() -> Plan:
@@ -190,7 +205,7 @@ def no_synchronisation(base: LlamaForCausalLM) -> None:
     step.close()
 
 
-SECTIONS = {"methods": methods, "modes": modes, "ranks": ranks}
+SECTIONS = {"methods": methods, "compiled": compiled, "modes": modes, "ranks": ranks}
 
 
 def main() -> None:

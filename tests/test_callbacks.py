@@ -621,7 +621,8 @@ def test_sft_trainer_makes_the_adapter_itself(llama: TinyModel, tmp_path: Path) 
     assert sum(get_rank_pattern(trainer.model).values()) == 2 * modules_of(trainer.model)
 
 
-def test_compiled_training_shrinks_once(llama: TinyModel, tmp_path: Path) -> None:
+@pytest.mark.parametrize("by", ["trainer", "blocks"])
+def test_compiled_training_shrinks_once(llama: TinyModel, tmp_path: Path, by: str) -> None:
     def make() -> PeftModel:
         settings = config(llama, target_modules=["q_proj", "down_proj"], warmup_steps=1, allocation_steps=8)
         return get_peft_model(llama.make_model(num_hidden_layers=1), settings)
@@ -632,7 +633,11 @@ def test_compiled_training_shrinks_once(llama: TinyModel, tmp_path: Path) -> Non
     model = make()
     model.load_state_dict(start)
     spy = Spy("on_step_end", lambda model, **_: shapes.append(sum(p.numel() for p in model.parameters())))
-    arguments = {"torch_compile": True, "torch_compile_backend": "eager", "max_steps": 10}
+    arguments = {"torch_compile": True, "torch_compile_backend": "eager"} if by == "trainer" else {}
+    if by == "blocks":
+        for block in model.get_base_model().model.layers:
+            block.compile(backend="eager")
+    arguments["max_steps"] = 10
     train(model, llama, tmp_path, callbacks=[RankAllocationCallback(log=False), spy], **arguments)
     assert len(set(shapes)) == 2 and shapes[-1] < shapes[0]
     assert sum(get_rank_pattern(model).values()) == 2 * modules_of(model)

@@ -60,6 +60,7 @@ class RankAllocationCallback(TrainerCallback):
         self.output_dir = output_dir
         self._tuner: AdaptiveRankTuner | None = None
         self._decided = False
+        self._compiled = False
         self._answered: dict[str, int] = {}
         self._living: dict[str, list[int]] = {}
 
@@ -82,6 +83,8 @@ class RankAllocationCallback(TrainerCallback):
         _drivers[tuner] = (state, self)
         self._tuner = tuner
         self._answered.clear()
+        # as a whole by the Trainer, or block by block before
+        self._compiled = args.torch_compile or any(m._compiled_call_impl is not None for m in model.modules())
         if state.global_step == 0:
             tuner.restart_allocation()
             if optimizer is not None and not _shards():
@@ -135,7 +138,7 @@ class RankAllocationCallback(TrainerCallback):
         self._decided = self._tuner.update_and_allocate(
             step,
             None if _shards() else optimizer,
-            shrink="last" if args.torch_compile else "each",
+            shrink="last" if self._compiled else "each",
         )
         if self._decided and self._tuner.allocation_finished:
             # a model from before the end of the allocation has more ranks than the budget: it does not compete

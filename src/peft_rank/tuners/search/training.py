@@ -100,6 +100,10 @@ class RankSearchTraining(AdaptiveRankTuner):
         return self.model(*args, **kwargs)
 
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        self._prepare(module, torch.compiler.is_compiling())
+
+    @torch.compiler.disable
+    def _prepare(self, module: nn.Module, compiled: bool) -> None:
         """Draw the masks of the step, or select the ranks that would be kept."""
         for name in self.active_adapters:
             if name not in self._states:
@@ -110,11 +114,11 @@ class RankSearchTraining(AdaptiveRankTuner):
             if first.disable_adapters or name not in first.active_adapters:
                 continue
             if module.training:
-                self._begin_step(name, layers)
+                self._begin_step(name, layers, compiled)
             else:
                 self._select_ranks()
 
-    def _begin_step(self, name: str, layers: dict[str, SearchLayer]) -> None:
+    def _begin_step(self, name: str, layers: dict[str, SearchLayer], compiled: bool) -> None:
         if self._states[name].recorded == 0:
             self._check_checkpointing()
         logits = self._shared_logits(name)
@@ -122,7 +126,8 @@ class RankSearchTraining(AdaptiveRankTuner):
             logits = AddToGradient.apply(logits, self._armed, name, 0)
         soft, hard = self._draw(name, logits)
         sizes = self._states[name].sizes
-        rows = needed_rows(soft, hard, sizes)
+        # a compiled model would be compiled anew for every other number of rows
+        rows = [(None, 0)] * len(sizes) if compiled else needed_rows(soft, hard, sizes)
         self._selected_from = None
         cast = hard.detach().to(compute_dtype(next(iter(layers.values())).factors.up))
         # unbound, whose backward is one kernel for all modules
