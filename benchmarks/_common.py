@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from torch.profiler import ProfilerActivity, profile
 
 
@@ -150,6 +151,18 @@ def time_steps(step: Callable[[], None], steps: int, warmup: int) -> dict[str, f
         found |= {"kernels_ms": round(kernels / 1000, 2), "host_ms": round(statistics.median(host), 2)}
         found["peak_gib"] = round(peak / 2**30, 2)
     return found
+
+
+def compile_blocks(model: nn.Module, backend: str = "inductor") -> None:
+    """Compile each block of a decoder by itself: they share what is compiled."""
+    torch._dynamo.reset()
+    for block in model.model.layers:
+        block.compile(backend=backend)
+
+
+def uncompile_blocks(model: nn.Module) -> None:
+    for block in model.model.layers:
+        block._compiled_call_impl = None
 
 
 def captured(call: Callable[[], Any], stream: torch.cuda.Stream | None = None) -> Callable[[], None]:

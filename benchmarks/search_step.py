@@ -19,7 +19,7 @@ from typing import Any
 from unittest import mock
 
 import torch
-from _common import argument_parser, store, time_steps
+from _common import argument_parser, compile_blocks, store, time_steps, uncompile_blocks
 from peft import get_peft_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
@@ -87,13 +87,6 @@ def make_late(tuner: Any, part: float) -> None:
             value.bias.copy_(logits - tuner.peft_config["default"].mask_bias)
 
 
-def compile_blocks(model: nn.Module, backend: str) -> None:
-    """Each block by itself, so that they share what is compiled."""
-    torch._dynamo.reset()
-    for block in model.model.layers:
-        block.compile(backend=backend)
-
-
 def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ids = torch.randint(0, 32_000, (args.batch, args.tokens), device=device)
@@ -137,8 +130,7 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
         yield row(f"{name}, start", step, products)
         compile_blocks(model.get_base_model(), args.backend)
         yield row(f"{name}, compiled", step, compiled)
-        for block in model.get_base_model().model.layers:
-            block._compiled_call_impl = None
+        uncompile_blocks(model.get_base_model())
         make_late(tuner, args.late)
         yield row(f"{name}, {args.late:.0%} of the ranks", step, products)
         del tuner, optimizer, step

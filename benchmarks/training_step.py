@@ -18,7 +18,15 @@ from contextlib import nullcontext
 from typing import Any
 
 import torch
-from _common import STEP_OPTIONS, Deadline, Results, argument_parser, time_steps
+from _common import (
+    STEP_OPTIONS,
+    Deadline,
+    Results,
+    argument_parser,
+    compile_blocks,
+    time_steps,
+    uncompile_blocks,
+)
 from peft import AdaLoraConfig, LoraConfig, PeftConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -82,8 +90,7 @@ class Step:
             self.optimizer = torch.optim.AdamW(trained, lr=1e-4, fused=True)
         self.forward = torch.compile(self.model) if self.compiled is True else self.model
         if self.compiled == BLOCKS:
-            for block in base.model.layers:
-                block.compile()
+            compile_blocks(base)
 
     def __call__(self) -> None:
         self.count += 1
@@ -110,8 +117,7 @@ class Step:
             self.model.unload()
         if self.checkpointing:
             self.base.gradient_checkpointing_disable()
-        for block in self.base.model.layers:
-            block._compiled_call_impl = None
+        uncompile_blocks(self.base)
 
 
 def run(base: LlamaForCausalLM, config: PeftConfig | None, shape: str, steps: int, **options: Any) -> dict[str, Any]:

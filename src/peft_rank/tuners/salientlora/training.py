@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers.trainer_pt_utils import get_model_param_count
 
-from peft_rank.orthogonality import orthogonality, orthogonality_gradient
+from peft_rank.orthogonality import orthogonality, orthogonality_gradient, rank_norms
 
 from ..adaptive import AdaptiveRankTuner, ShrinkPolicy, add_to_gradients, check_step
 from ..sharding import gather, in_full_precision, is_sharded
@@ -217,8 +217,9 @@ class SalientLoRATraining(AdaptiveRankTuner):
             return None
         with self._gathered(adapter_name):
             down, up, _ = self._factors(adapter_name)
-            norms = [A.float().norm(dim=1) * B.float().square().mean(0).sqrt() for A, B in zip(down, up, strict=True)]
-        return torch.cat([each.to(norms[0].device) for each in norms])
+            norms = rank_norms(down, 0) * rank_norms(up, 1)
+        outputs = torch.tensor([len(B) for B in up], dtype=torch.float32)
+        return norms * outputs.rsqrt().repeat_interleave(torch.tensor([len(A) for A in down])).to(norms)
 
     def _prune(self, adapter_name: str, keep: torch.Tensor) -> None:
         layers = self.adapter_layers(adapter_name).values()

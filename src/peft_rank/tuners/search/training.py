@@ -100,6 +100,7 @@ class RankSearchTraining(AdaptiveRankTuner):
         return self.model(*args, **kwargs)
 
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        # what is prepared waits for the device and keeps a graph of its own: a compiled forward takes it as it is
         self._prepare(module, torch.compiler.is_compiling())
 
     @torch.compiler.disable
