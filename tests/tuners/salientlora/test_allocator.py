@@ -272,19 +272,20 @@ def test_every_option_of_the_scores_meets_the_budget(scope: str, slope: float) -
     assert sum(ranks.values()) == 28 and min(ranks.values()) >= 1
 
 
-@pytest.mark.parametrize("start", [True, "gaussian"])
-def test_what_ranks_are_compared_by(start: str | bool) -> None:
-    """The norm of what a rank adds to the weight, as a root mean square over the outputs, or E alone where that starts at 0."""
+@pytest.mark.parametrize(("start", "factors"), [(True, "AEB"), ("gaussian", "AEB"), (True, "E")])
+def test_what_ranks_are_compared_by(start: str | bool, factors: str) -> None:
+    """The norm of what a rank adds to the weight, as a root mean square over the outputs; E alone where that starts at 0,
+    and where B is still 0 and nothing adds anything."""
     model = adapted(LLAMA, init_weights=start, salience_lambda=1.0, warmup_steps=0, allocation_steps=6)
     tuner, expected = model.base_model, []
     tuner.resolve_schedule(6)
     for layer in tuner.adapter_layers("default").values():
         A, E, B = (getattr(layer, f"salientlora_{factor}")["default"] for factor in "AEB")
-        for factor in (A, E, B):
-            torch.nn.init.normal_(factor)
+        for factor in factors:
+            torch.nn.init.normal_({"A": A, "E": E, "B": B}[factor])
         added = [(B[:, [i]] @ A[[i]] * E[i]).detach() for i in range(len(E))]  # (out, in) of every rank
         sizes = [float(one.norm(dim=1).square().mean().sqrt()) for one in added]
-        expected.append(E.detach().abs() if start == "gaussian" else torch.tensor(sizes))
+        expected.append(E.detach().abs() if start == "gaussian" or factors == "E" else torch.tensor(sizes))
     kept = sorted(torch.cat(expected).topk(tuner.allocator("default").target_total).values.tolist())
     for step in range(1, 7):
         tuner.update_and_allocate(step)

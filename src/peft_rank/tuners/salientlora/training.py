@@ -213,14 +213,14 @@ class SalientLoRATraining(AdaptiveRankTuner):
     def _norms(self, adapter_name: str) -> torch.Tensor | None:
         """|a_i| rms(b_i) of all ranks, (N,): times |E_i|, how much of an input a rank adds to an output. Not the norm
         of b_i: Adam moves all of its entries alike, and only the widest modules would keep ranks. None where E says it
-        all."""
+        all, also as long as B is 0 everywhere."""
         if not self.peft_config[adapter_name].compares_norms:
             return None
         with self._gathered(adapter_name):
             down, up, _ = self._factors(adapter_name)
             norms = rank_norms(down, 0) * rank_norms(up, 1)
             outputs = torch.tensor([len(B) for B in up for _ in range(B.shape[1])])
-        return norms / outputs.sqrt().to(norms)
+        return norms / outputs.sqrt().to(norms) if norms.any() else None
 
     def _prune(self, adapter_name: str, keep: torch.Tensor) -> None:
         layers = self.adapter_layers(adapter_name).values()
