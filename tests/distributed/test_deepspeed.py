@@ -157,6 +157,18 @@ def test_values_are_recorded_in_full_precision(double: Callable, name: str) -> N
     assert any(not torch.equal(recorded, parameter.float()) for parameter, recorded, _ in found)
 
 
+@pytest.mark.parametrize("name", ["zero3", "fp16-zero3"])
+def test_factors_are_gathered_as_deepspeed_gathers_them(double: Callable, name: str) -> None:
+    """In one message, where it sends one for each, and hangs hooks on them."""
+    found = double(name).seen["gathered"]
+    assert len(found) == 3 * 14
+    for ours, theirs in found:
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
+    assert (
+        sum(whole.numel() for whole, _ in found) == sum(f.numel() for f in double(name).seen["factors"].values()) > 0
+    )
+
+
 def test_a_placeholder_is_not_saved(double: Callable) -> None:
     assert double("zero2").seen["state_dict_error"] is None
     assert "sharded over processes. Save through the Trainer" in double("zero3").seen["state_dict_error"]

@@ -14,9 +14,9 @@ import json
 import os
 import shutil
 import sys
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from accelerate.state import AcceleratorState, PartialState
@@ -209,11 +209,18 @@ def masters(tuner: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor, torch.Te
     from deepspeed.utils import safe_get_full_fp32_param
 
     stored = [layer.stored("default").E for layer in tuner.adapter_layers("default").values()]
-    with tuner._gathered("default"):
-        return [
-            (parameter.detach().clone(), recorded.detach().clone(), safe_get_full_fp32_param(parameter))
-            for parameter, recorded in zip(stored, in_full_precision(stored), strict=True)
-        ]
+    copies = [safe_get_full_fp32_param(parameter) for parameter in stored]
+    seen = zip(gather(stored), in_full_precision(stored), strict=True)
+    return [(*(one.detach().clone() for one in both), copy) for both, copy in zip(seen, copies, strict=True)]
+
+
+def gathered(tuner: nn.Module) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Every factor, by our messages and by DeepSpeed's own."""
+    stored = [factor for layer in tuner.adapter_layers("default").values() for factor in layer.stored("default")]
+    ours = gather(stored)
+    with mock.patch("peft_rank.tuners.sharding._is_at_hand", return_value=False):
+        pairs = zip(ours, gather(stored), strict=True)
+    return [tuple(one.detach().clone() for one in pair) for pair in pairs]
 
 
 def report(trainer: Trainer, watch: Watch, output: Path) -> dict[str, Any]:
@@ -230,12 +237,11 @@ def report(trainer: Trainer, watch: Watch, output: Path) -> dict[str, Any]:
     batch = LLAMA.make_batch(**HELD_OUT)
     with torch.no_grad():
         logits = engine(**batch).logits
-    with tuner._gathered("default") if salient else nullcontext():
-        factors = {
-            f"{name}.{attribute}": gather([getattr(layer, attribute)["default"].detach()])[0].clone()
-            for name, layer in tuner.adapter_layers("default").items()
-            for attribute in layer.adapter_layer_names
-        }
+    factors = {
+        f"{name}.{attribute}": gather([getattr(layer, attribute)["default"]])[0].detach().clone()
+        for name, layer in tuner.adapter_layers("default").items()
+        for attribute in layer.adapter_layer_names
+    }
     return {
         "engine": type(engine).__name__,
         "processes": trainer.accelerator.num_processes,
@@ -250,6 +256,7 @@ def report(trainer: Trainer, watch: Watch, output: Path) -> dict[str, Any]:
         "pattern": get_rank_pattern(model),
         "summary": tuner.rank_summary(),
         "masters": masters(tuner) if trainer.args.fp16 and trainer.is_deepspeed_enabled else [],
+        "gathered": gathered(tuner) if trainer.is_deepspeed_enabled else [],
         # modules that ZeRO-3 gathers other modules' parameters for
         "gathering": {type(m).__name__ for m in model.modules() if vars(m).get("_external_params")},
     }

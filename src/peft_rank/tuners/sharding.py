@@ -10,6 +10,7 @@ from functools import cache
 
 import torch
 import torch.distributed as dist
+from peft.utils.integrations import gather_params_ctx
 
 
 _AVAILABLE = dist.is_available()  # kept, like what else is asked of hundreds of tensors in every step
@@ -60,20 +61,44 @@ def _place(mesh: DeviceMesh) -> tuple[int, int]:
 
 @torch.no_grad()
 def gather(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The tensors in full, on every process. All of one shape come in one message: an adapter has hundreds of small ones,
-    of a few shapes."""
+    """The tensors in full, on every process, to be read only: an adapter has hundreds of small ones, and they come in as few
+    messages as possible, one for all of a shape (FSDP2) or a type (ZeRO-3)."""
     full = list(tensors)
-    alike: dict[tuple, list[int]] = defaultdict(list)
+    rows: dict[tuple, list[int]] = defaultdict(list)
+    partitions: dict[torch.dtype | None, list[int]] = defaultdict(list)
     for position, tensor in enumerate(tensors):
         if is_sharded(tensor):
-            alike[tensor.device_mesh, tensor.shape, tensor.dtype].append(position)
-    for (mesh, shape, _), positions in alike.items():
-        rows = math.ceil(shape[0] / mesh.size())
-        own = torch.stack([_fill(tensors[position].to_local(), rows) for position in positions])  # (g, rows, ...)
+            rows[tensor.device_mesh, tensor.shape, tensor.dtype].append(position)
+        elif _is_partitioned(tensor):
+            partitions[tensor.dtype if _is_at_hand(tensor.ds_tensor) else None].append(position)
+    for (mesh, shape, _), positions in rows.items():
+        count = math.ceil(shape[0] / mesh.size())
+        own = torch.stack([_fill(tensors[position].to_local(), count) for position in positions])  # (g, rows, ...)
         together = DTensor.from_local(own, mesh, [Shard(1)], run_check=False).full_tensor()
         for position, whole in zip(positions, together.unbind(), strict=True):
             full[position] = whole[: shape[0]]
+    for dtype, positions in partitions.items():
+        held = [tensors[position] for position in positions]
+        wholes = _copies(held) if dtype is None else _join_partitions(held, [tensor.ds_tensor for tensor in held])
+        for position, whole in zip(positions, wholes, strict=True):
+            full[position] = whole
     return full
+
+
+def _is_partitioned(tensor: torch.Tensor) -> bool:
+    """Whether ZeRO-3 has left a placeholder of the tensor."""
+    return "ds_status" in vars(tensor) and tensor.ds_status.name == "NOT_AVAILABLE"
+
+
+def _is_at_hand(partition: torch.Tensor) -> bool:
+    """Whether a partition of ZeRO-3 is in memory, and not quantized (ZeRO++)."""
+    return partition.status.name == "AVAILABLE" and "ds_quant_scale" not in vars(partition)
+
+
+def _copies(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """As DeepSpeed itself gathers, message by message."""
+    with gather_params_ctx(parameters, modifier_rank=None):
+        return [parameter.detach().clone() for parameter in parameters]
 
 
 @torch.no_grad()
@@ -106,12 +131,15 @@ def _of_zero(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
 
 
 def _of_zero3(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Stage 3: each process holds an equal part of every parameter, the last one with padding."""
     from deepspeed.utils import safe_get_local_fp32_param
 
-    own = [safe_get_local_fp32_param(parameter).flatten() for parameter in parameters]
+    return _join_partitions(parameters, [safe_get_local_fp32_param(parameter).flatten() for parameter in parameters])
+
+
+def _join_partitions(parameters: Sequence[torch.Tensor], own: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """ZeRO-3: each process holds an equal part of every parameter, the last one with padding."""
     sizes, group = [len(part) for part in own], parameters[0].ds_process_group
-    mine = torch.cat(own).to(parameters[0].device)
+    mine = torch.cat(own).to(parameters[0].device)  # with offload, the parts are in another memory
     together = mine.new_empty(dist.get_world_size(group) * len(mine))
     dist.all_gather_into_tensor(together, mine, group=group)
     pieces = zip(parameters, together.view(-1, len(mine)).split(sizes, 1), strict=True)

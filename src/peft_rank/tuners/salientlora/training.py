@@ -5,14 +5,12 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft.utils import load_peft_weights
-from peft.utils.integrations import check_deepspeed_zero3_enabled, gather_params_ctx
+from peft.utils.integrations import check_deepspeed_zero3_enabled
 from torch import nn
 from torch.optim import Optimizer
 from transformers.trainer_pt_utils import get_model_param_count
@@ -120,8 +118,7 @@ class SalientLoRATraining(AdaptiveRankTuner):
     def arm_regularization(self, loss_scale: float = 1.0) -> None:
         for name in self._trained_adapters():
             layers = self.adapter_layers(name).values()
-            with self._gathered(name):
-                regularization = self._regularization(name, loss_scale)
+            regularization = self._regularization(name, loss_scale)
             if regularization:
                 for layer, *pair in zip(layers, *(gradients for _, gradients in regularization), strict=True):
                     layer._armed[name] = pair
@@ -142,19 +139,11 @@ class SalientLoRATraining(AdaptiveRankTuner):
         return list(zip(*(layer.stored(adapter_name) for layer in layers), strict=True))
 
     def _factors(self, adapter_name: str):
-        """A, B and the masks of pruned ranks of all modules."""
+        """A, B and the masks of pruned ranks of all modules, in full where an engine holds parts."""
         down, _, up = self._stored(adapter_name)
         full = gather([*down, *up])
         layers = self.adapter_layers(adapter_name).values()
         return full[: len(down)], full[len(down) :], [layer.salientlora_mask.get(adapter_name) for layer in layers]
-
-    @contextmanager
-    def _gathered(self, adapter_name: str) -> Iterator[None]:
-        """All factors of the adapter in full, where an engine holds shards of them."""
-        layers = self.adapter_layers(adapter_name).values()
-        parameters = [factor for layer in layers for factor in layer.stored(adapter_name)]
-        with gather_params_ctx(parameters, modifier_rank=None):
-            yield
 
     def _refuse_sharded(self, adapter_name: str) -> None:
         for name, layer in self.adapter_layers(adapter_name).items():
@@ -204,11 +193,10 @@ class SalientLoRATraining(AdaptiveRankTuner):
             ) from error
 
     def _record(self, adapter_name: str) -> None:
-        with self._gathered(adapter_name):
-            down, up, alive = self._factors(adapter_name)
-            values = gather(in_full_precision(self._stored(adapter_name)[1]))
-            values = [E if mask is None else E * mask.to(E) for E, mask in zip(values, alive, strict=True)]
-            self.allocator(adapter_name).record(values, orthogonality(down, up, alive))
+        down, up, alive = self._factors(adapter_name)
+        values = gather(in_full_precision(self._stored(adapter_name)[1]))
+        values = [E if mask is None else E * mask.to(E) for E, mask in zip(values, alive, strict=True)]
+        self.allocator(adapter_name).record(values, orthogonality(down, up, alive))
 
     def _norms(self, adapter_name: str) -> torch.Tensor | None:
         """|a_i| rms(b_i) of all ranks, (N,): times |E_i|, how much of an input a rank adds to an output. Not the norm
@@ -216,10 +204,9 @@ class SalientLoRATraining(AdaptiveRankTuner):
         all, also as long as B is 0 everywhere."""
         if not self.peft_config[adapter_name].compares_norms:
             return None
-        with self._gathered(adapter_name):
-            down, up, _ = self._factors(adapter_name)
-            norms = rank_norms(down, 0) * rank_norms(up, 1)
-            outputs = torch.tensor([len(B) for B in up for _ in range(B.shape[1])])
+        down, up, _ = self._factors(adapter_name)
+        norms = rank_norms(down, 0) * rank_norms(up, 1)
+        outputs = torch.tensor([len(B) for B in up for _ in range(B.shape[1])])
         return norms / outputs.sqrt().to(norms) if norms.any() else None
 
     def _prune(self, adapter_name: str, keep: torch.Tensor) -> None:
@@ -345,8 +332,7 @@ class SalientLoRATraining(AdaptiveRankTuner):
     def rank_summary(self) -> dict[str, float]:
         name = (self._trained_adapters() or self.active_adapters)[0]
         allocator = self.allocator(name)
-        with self._gathered(name):
-            regularizer = orthogonality(*self._factors(name))
+        regularizer = orthogonality(*self._factors(name))
         return {
             "rank/total": allocator.total,
             "rank/mean": allocator.total / len(allocator.sizes),
