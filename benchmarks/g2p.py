@@ -73,6 +73,7 @@ def main(argv: list[str] | None = None) -> None:
         "seeds": args.seeds,
         "init_r": method_args.init_r,
         "target_r": method_args.target_r,
+        "orth_reg_weight": method_args.orth_reg_weight,
         "batch": training_args.per_device_train_batch_size,
         "epochs": training_args.num_train_epochs,
     }

@@ -331,7 +331,7 @@ def adaptation() -> list[str]:
         "A BART of 0.75 million weights that turns words into American phonemes, adapted to British ones "
         f"({settings['epochs']:g} epoch(s) of 40,000 words in batches of {settings['batch']}; 2,000 words each to choose "
         f"the learning rate and to test). SalientLoRA goes from rank {settings['init_r']} to {settings['target_r']} on "
-        f"average, LoRA has rank {settings['target_r']}.\n"
+        f"average with a regularizer of {settings['orth_reg_weight']:g}, LoRA has rank {settings['target_r']}.\n"
     )
     return ["## Encoder-decoder: American to British pronunciation\n", note, origin(result), pronunciation(result)]
 

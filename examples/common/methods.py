@@ -47,8 +47,9 @@ class MethodArguments:
     correlation_threshold: float = field(default=0.9, metadata={"help": "beta in the SalientLoRA paper."})
     slope_threshold: float = field(default=2.0, metadata={"help": "gamma in the SalientLoRA paper."})
     salience_lambda: float = field(default=0.7, metadata={"help": "Weight of magnitude against influence."})
-    orth_reg_weight: float = field(
-        default=0.5, metadata={"help": "Weight of SalientLoRA's and AdaLoRA's regularizer."}
+    orth_reg_weight: float | None = field(
+        default=None,
+        metadata={"help": "Weight of the regularizer. Default: 0.01 with LoRA's start, else the config's."},
     )
     target_modules: list[str] | None = field(default=None, metadata={"help": "Default: all linear layers of a block."})
     modules_to_save: list[str] | None = field(
@@ -83,12 +84,11 @@ def adapter_config(
         rank = args.r or args.target_r
         alpha = args.lora_alpha * rank / args.init_r
         return LoraConfig(r=rank, lora_alpha=alpha, use_rslora=args.method == "rslora", **common)
-    common |= {
-        "init_r": args.init_r,
-        "target_r": args.target_r,
-        "lora_alpha": args.lora_alpha,
-        "orth_reg_weight": args.orth_reg_weight,
-    }
+    common |= {"init_r": args.init_r, "target_r": args.target_r, "lora_alpha": args.lora_alpha}
+    if args.orth_reg_weight is not None:
+        common["orth_reg_weight"] = args.orth_reg_weight
+    elif args.method == "salientlora" and args.init_weights == "lora":
+        common["orth_reg_weight"] = 0.01
     if args.method == "adalora":
         # AdaLoraCallback sets the schedule when the number of steps is known; PEFT only wants one above 0 here.
         return AdaLoraConfig(total_step=1, **common)

@@ -209,6 +209,20 @@ def test_flags_override_the_yaml(glue, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("settings", "weight"),
+    [
+        ({"method": "salientlora"}, 0.01),
+        ({"method": "salientlora", "init_weights": "gaussian"}, 0.1),
+        ({"method": "salientlora", "orth_reg_weight": 0.3}, 0.3),
+        ({"method": "adalora"}, 0.5),
+    ],
+)
+def test_the_regularizer_goes_with_the_start(glue, settings, weight):
+    config = glue.methods.adapter_config(glue.methods.MethodArguments(**settings), "SEQ_CLS", ["query"])
+    assert config.orth_reg_weight == weight
+
+
+@pytest.mark.parametrize(
     ("flags", "message"),
     [
         ([], "task_name"),

@@ -117,7 +117,8 @@ class SalientLoRAConfig(AdaptedModulesConfig):
     orth_reg_weight: float = field(
         default=0.1,
         metadata={
-            "help": "Weight of the orthogonality regularizer. Its gradient is added once a step, never the loss."
+            "help": "Weight of the orthogonality regularizer. Its gradient is added once a step, never the loss. The default is "
+            "the authors'; where `init_weights` is LoRA's start, 0.01 is often better."
         },
     )
     min_r: int = field(default=0, metadata={"help": "No module is pruned below this rank."})
