@@ -5,9 +5,8 @@
 
 Weights and factors are random: a step takes as long as with real ones. The bound is the same model with every linear as
 two frozen products of full rank, forward and backward. A search is measured at its start, where all ranks are in the mask,
-and late, with `--late` of the ranks likely and the others hopeless, and with every block of the decoder compiled, beside the
-products compiled likewise. L2LRC is measured without and with distillation,
-whose dense model runs forward besides.
+and late, with `--late` of the ranks likely and the others hopeless, and with every block of the decoder compiled, beside
+the products compiled likewise. L2LRC is measured without and with distillation, whose dense model runs forward besides.
 """
 
 from __future__ import annotations

@@ -161,3 +161,5 @@ def test_norms_of_ranks() -> None:
     for factors, rank_dim in ((down, 0), ([A.T.contiguous().half() for A in down], 1)):
         expected = torch.cat([factor.float().norm(dim=1 - rank_dim) for factor in factors])
         torch.testing.assert_close(rank_norms(factors, rank_dim), expected)
+        squares = torch.cat([factor.float().square().mean(1 - rank_dim) for factor in factors])
+        torch.testing.assert_close(rank_norms(factors, rank_dim, mean=True), squares.sqrt())

@@ -61,28 +61,29 @@ def _place(mesh: DeviceMesh) -> tuple[int, int]:
 
 @torch.no_grad()
 def gather(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """The tensors in full, on every process, to be read only: an adapter has hundreds of small ones, and they come in as few
-    messages as possible, one for all of a shape (FSDP2) or a type (ZeRO-3)."""
+    """The tensors in full, on every process, to be read only. An adapter has hundreds of small ones, which come in as few
+    messages as possible: one for all of a shape (FSDP2) or a dtype (ZeRO-3)."""
     full = list(tensors)
-    rows: dict[tuple, list[int]] = defaultdict(list)
-    partitions: dict[torch.dtype | None, list[int]] = defaultdict(list)
+    alike: dict[tuple, list[int]] = defaultdict(list)
     for position, tensor in enumerate(tensors):
         if is_sharded(tensor):
-            rows[tensor.device_mesh, tensor.shape, tensor.dtype].append(position)
+            alike[_join_rows, tensor.device_mesh, tensor.shape, tensor.dtype].append(position)
         elif _is_partitioned(tensor):
-            partitions[tensor.dtype if _is_at_hand(tensor.ds_tensor) else None].append(position)
-    for (mesh, shape, _), positions in rows.items():
-        count = math.ceil(shape[0] / mesh.size())
-        own = torch.stack([_fill(tensors[position].to_local(), count) for position in positions])  # (g, rows, ...)
-        together = DTensor.from_local(own, mesh, [Shard(1)], run_check=False).full_tensor()
-        for position, whole in zip(positions, together.unbind(), strict=True):
-            full[position] = whole[: shape[0]]
-    for dtype, positions in partitions.items():
-        held = [tensors[position] for position in positions]
-        wholes = _copies(held) if dtype is None else _join_partitions(held, [tensor.ds_tensor for tensor in held])
-        for position, whole in zip(positions, wholes, strict=True):
+            join = _of_partitions if _is_at_hand(tensor.ds_tensor) else _copies
+            alike[join, tensor.dtype].append(position)
+    for (join, *_), positions in alike.items():
+        for position, whole in zip(positions, join([tensors[position] for position in positions]), strict=True):
             full[position] = whole
     return full
+
+
+def _join_rows(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """FSDP2: each process holds some rows of every tensor, the last ones fewer. All are of one shape."""
+    mesh, total = tensors[0].device_mesh, len(tensors[0])
+    rows = math.ceil(total / mesh.size())
+    own = torch.stack([_fill(tensor.to_local(), rows) for tensor in tensors])  # (g, rows, ...)
+    together = DTensor.from_local(own, mesh, [Shard(1)], run_check=False).full_tensor()
+    return [whole[:total] for whole in together.unbind()]
 
 
 def _is_partitioned(tensor: torch.Tensor) -> bool:
@@ -93,6 +94,10 @@ def _is_partitioned(tensor: torch.Tensor) -> bool:
 def _is_at_hand(partition: torch.Tensor) -> bool:
     """Whether a partition of ZeRO-3 is in memory, and not quantized (ZeRO++)."""
     return partition.status.name == "AVAILABLE" and "ds_quant_scale" not in vars(partition)
+
+
+def _of_partitions(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return _join_partitions(parameters, [parameter.ds_tensor for parameter in parameters])
 
 
 def _copies(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:

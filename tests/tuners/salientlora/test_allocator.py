@@ -274,8 +274,8 @@ def test_every_option_of_the_scores_meets_the_budget(scope: str, slope: float) -
 
 @pytest.mark.parametrize(("start", "factors"), [(True, "AEB"), ("gaussian", "AEB"), (True, "E")])
 def test_what_ranks_are_compared_by(start: str | bool, factors: str) -> None:
-    """The norm of what a rank adds to the weight, as a root mean square over the outputs; E alone where that starts at 0,
-    and where B is still 0 and nothing adds anything."""
+    """The norm of what a rank adds to the weight, as a root mean square over the outputs; E alone where that starts at
+    0, and where B is still 0 and nothing adds anything."""
     model = adapted(LLAMA, init_weights=start, salience_lambda=1.0, warmup_steps=0, allocation_steps=6)
     tuner, expected = model.base_model, []
     tuner.resolve_schedule(6)

@@ -122,6 +122,8 @@ def test_phases_that_do_not_fit_are_refused() -> None:
 def test_the_scale_and_whether_ranks_are_pruned() -> None:
     assert SalientLoRAConfig(init_r=8, lora_alpha=4).scaling == 0.5
     assert SalientLoRAConfig(init_r=8).scaling == SalientLoRAConfig(init_r=3).scaling == 2
+    assert SalientLoRAConfig(init_r=8, target_r=4).allocates
+    assert not SalientLoRAConfig(init_r=8, target_r=8).allocates
 
 
 def test_what_the_default_start_is() -> None:
@@ -130,8 +132,6 @@ def test_what_the_default_start_is() -> None:
     assert released.start == "gaussian" and not released.compares_norms
     assert SalientLoRAConfig(init_weights=False).start is False
     assert not SalientLoRAConfig(init_weights="orthogonal").compares_norms
-    assert SalientLoRAConfig(init_r=8, target_r=4).allocates
-    assert not SalientLoRAConfig(init_r=8, target_r=8).allocates
 
 
 EXAMPLE = {

@@ -205,9 +205,8 @@ class SalientLoRATraining(AdaptiveRankTuner):
         if not self.peft_config[adapter_name].compares_norms:
             return None
         down, up, _ = self._factors(adapter_name)
-        norms = rank_norms(down, 0) * rank_norms(up, 1)
-        outputs = torch.tensor([len(B) for B in up for _ in range(B.shape[1])])
-        return norms / outputs.sqrt().to(norms) if norms.any() else None
+        norms = rank_norms(down, 0) * rank_norms(up, 1, mean=True)
+        return norms if norms.any() else None
 
     def _prune(self, adapter_name: str, keep: torch.Tensor) -> None:
         layers = self.adapter_layers(adapter_name).values()
