@@ -61,12 +61,13 @@ def evaluations(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def losses(runs: Runs) -> Cells:
     """A line a run: its last and its lowest evaluation, and both perplexities over those of full rank in the same
-    precision and steps."""
+    precision and after as many steps."""
     found = {name: evaluations(rows) for name, rows in runs.items() if evaluations(rows)}
     lines = []
     for name, rows in found.items():
-        full = found.get(f"full-{name.partition('@')[0].partition('-')[2]}")
-        comparable = full is not None and full[-1]["step"] == rows[-1]["step"]
+        full = found.get(f"full-{name.partition('@')[0].partition('-')[2]}", [])
+        full = [row for row in full if row["step"] <= rows[-1]["step"]]
+        comparable = bool(full) and full[-1]["step"] == rows[-1]["step"]
         cells: list[Any] = [name, rows[-1]["step"]]
         for pick in (
             lambda rows: rows[-1]["validation_loss"],

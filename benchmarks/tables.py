@@ -361,7 +361,7 @@ def main() -> None:
         "Made by `benchmarks/tables.py` from the files in `benchmarks/results`; see its README.\n",
     ]
     parts.append("## Training step\n\nLLaMA-7B shape, bfloat16, fused AdamW, SalientLoRA with everything on.\n")
-    for name in ("training_step", "training_step_modes"):
+    for name in ("training_step", "training_step_modes", "training_step_ranks"):
         result = json.loads((RESULTS / f"{name}.json").read_text())
         parts.append(origin(result))
         for section in dict.fromkeys(row["section"] for row in result["rows"]):

@@ -9,7 +9,7 @@ from peft_rank.allocation.masks import gumbel_mask, uniform_noise
 from peft_rank.tuners.search.functional import MaskedProduct, needed_rows
 
 
-K, IN, OUT = 24, 32, 40
+K, IN, OUT = 48, 56, 64
 
 
 def _problem(tokens: int, dtype: torch.dtype = torch.float64) -> dict[str, Tensor]:
@@ -59,11 +59,28 @@ def test_rows_are_the_kept_ranks_and_those_with_a_slope() -> None:
     ((rows, kept),) = needed_rows(soft, hard[None], [K])
     slope = soft[0] * (1 - soft[0])
     assert set(rows[:kept].tolist()) == set(hard.nonzero().flatten().tolist())
-    for rank in range(K):
-        assert (rank in rows.tolist()) == bool(hard[rank] == 1 or slope[rank] > 2**-12)
+    needed = {rank for rank in range(K) if hard[rank] == 1 or slope[rank] > 2**-12}
+    # filled up to a multiple of 8, which products in half precision want
+    assert needed <= set(rows.tolist()) <= set(range(K))
+    assert len(set(rows.tolist())) == len(rows) == -(-len(needed) // 8) * 8
     # most ranks are needed: copying them would cost more than it spares
     soft, hard = _masks(torch.linspace(6, 3, K))
     assert needed_rows(soft, hard[None], [K]) == [(None, 0)]
+
+
+def test_filled_up_rows_are_of_the_module_and_add_nothing() -> None:
+    """Beside a larger module, whose padding they must not come from; one whose mask is empty is nothing."""
+    sizes = [20, 40]
+    logits = torch.full((2, 40), -50.0)
+    logits[0, [3, 19]], logits[0, 20:] = 9.0, float("-inf")
+    soft, hard = gumbel_mask(logits, torch.full((2, 40), 0.5), 0.4)
+    found = needed_rows(soft, hard, sizes)
+    assert [(rows.tolist(), kept) for rows, kept in found] == [([3, 19, 0, 1, 2, 4, 5, 6], 2), ([], 0)]
+    x = torch.randn(5, 7, dtype=torch.float64)
+    for size, mask, (rows, kept) in zip(sizes, hard.double(), found, strict=True):
+        down, up = torch.randn(size, 7, dtype=torch.float64), torch.randn(size, 9, dtype=torch.float64)
+        result = MaskedProduct.apply(x, mask[:size], mask[:size], down, up, None, rows, kept)
+        torch.testing.assert_close(result, x @ down.T * mask[:size] @ up)
 
 
 @pytest.mark.parametrize("how", ["bfloat16", "autocast"])

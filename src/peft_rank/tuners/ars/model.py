@@ -94,10 +94,12 @@ class AdaptiveRankSVDModel(RankSearchModel):
         return [layer.adaptive_rank_svd_head[adapter_name] for layer in layers]
 
     def mask_parameters(self, adapter_name: str) -> list[nn.Parameter]:
-        modules = self._heads(adapter_name)
-        if self.peft_config[adapter_name].hypernetwork == "shared":
-            modules = [self._hypernetwork(adapter_name), *modules]
-        return [parameter for module in modules for parameter in module.parameters()]
+        heads = self._heads(adapter_name)
+        if self.peft_config[adapter_name].hypernetwork == "per_layer":
+            return [parameter for head in heads for parameter in head.parameters()]
+        # straight from where they are: `parameters` takes ten times as long
+        linear = [parameter for head in heads for parameter in head._parameters.values()]
+        return [*self._hypernetwork(adapter_name).parameters(), *linear]
 
     def mask_logits(self, adapter_name: str) -> Tensor:
         config, heads = self.peft_config[adapter_name], self._heads(adapter_name)

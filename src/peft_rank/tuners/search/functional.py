@@ -20,6 +20,9 @@ would add to the gradient is below the rounding of half precision; drawn again, 
 COMPACT_BELOW = 0.75
 """Copying the rows that are needed pays when they are fewer than this part."""
 
+ROW_MULTIPLE = 8
+"""Half-precision products of other widths are several times slower."""
+
 
 class StepMask(NamedTuple):
     """The mask of one module for one step.
@@ -27,7 +30,8 @@ class StepMask(NamedTuple):
     Attributes:
         hard (`Tensor`): (k,), 0 or 1, float32, with the gradient of the soft mask.
         cast (`Tensor`): Its values in the dtype of the products.
-        rows (`Tensor`, *optional*): (n,) int64: the ranks that the step needs, those in the mask first; None for all.
+        rows (`Tensor`, *optional*): (n,) int64: the ranks that the step needs, those in the mask first, and some that it
+            does not need, to have a multiple of `ROW_MULTIPLE`; None for all.
         kept (`int`): How many of `rows` are in the mask.
     """
 
@@ -48,14 +52,18 @@ def needed_rows(soft: Tensor, hard: Tensor, sizes: list[int]) -> list[tuple[Tens
         inside = hard > 0.5
         needed = inside | (soft * (1 - soft) > SLOPE_THRESHOLD / 4)
         # one wait for the device in a step
-        counts = torch.stack([inside.sum(1), needed.sum(1)]).tolist()
-        if all(n >= COMPACT_BELOW * size for n, size in zip(counts[1], sizes, strict=True)):
+        kept, counts = torch.stack([inside.sum(1), needed.sum(1)]).tolist()
+        widths = [_padded(n) for n in counts]
+        compact = [width < COMPACT_BELOW * size for width, size in zip(widths, sizes, strict=True)]
+        if not any(compact):
             return [(None, 0)] * len(sizes)
+        # stable: behind the needed ranks come those of the module, and only then its padding
         order = torch.argsort(inside.to(torch.uint8) + needed.to(torch.uint8), dim=1, descending=True, stable=True)
-        return [
-            (order[i, :n], kept) if n < COMPACT_BELOW * size else (None, 0)
-            for i, (kept, n, size) in enumerate(zip(*counts, sizes, strict=True))
-        ]
+        return [(order[i, : widths[i]], kept[i]) if pays else (None, 0) for i, pays in enumerate(compact)]
+
+
+def _padded(count: int) -> int:
+    return -(-count // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
 class SharedGraph(Function):
@@ -105,7 +113,7 @@ class MaskedProduct(Function):
                 result = _product(hidden, in_dtype(cast, dtype), in_dtype(up, dtype))
             else:
                 hidden = torch.mm(flat, in_dtype(down.index_select(0, rows), dtype).t())  # (tokens, n)
-                result = torch.mm(hidden[:, :kept], in_dtype(up.index_select(0, rows[:kept]), dtype))
+                result = _product_of_kept(hidden, up, rows, kept)
             if bias is not None:
                 result += in_dtype(bias, dtype)
         ctx.save_for_backward(hidden, cast, down, up, rows)
@@ -130,8 +138,7 @@ class MaskedProduct(Function):
                 if rows is None:
                     grad_x = _product(grad_hidden, in_dtype(cast, dtype), in_dtype(down, dtype))
                 else:
-                    kept = rows[: ctx.kept]
-                    grad_x = torch.mm(grad_hidden[:, : ctx.kept], in_dtype(down.index_select(0, kept), dtype))
+                    grad_x = _product_of_kept(grad_hidden, down, rows, ctx.kept)
                 grad_x = in_dtype(grad_x.view(ctx.shape), ctx.input_dtype)
         return grad_x, grad_hard, None, None, None, None, None, None
 
@@ -141,3 +148,11 @@ def _product(hidden: Tensor, mask: Tensor, factor: Tensor) -> Tensor:
     if hidden.shape[0] <= factor.shape[1]:
         return torch.mm(hidden * mask, factor)
     return torch.mm(hidden, factor * mask[:, None])
+
+
+def _product_of_kept(hidden: Tensor, factor: Tensor, rows: Tensor, kept: int) -> Tensor:
+    """hidden[:, :kept] @ factor[rows[:kept]] for hidden (tokens, n) and rows (n,), over a padded number of rows."""
+    width = _padded(kept)
+    selected = in_dtype(factor.index_select(0, rows[:width]), hidden.dtype)
+    selected[kept:] = 0
+    return torch.mm(hidden[:, :width], selected)

@@ -39,8 +39,11 @@ class RankSearchTraining(AdaptiveRankTuner):
         self._beside: list[str] = []
         # gradients of the regularizer with respect to the logits that the next backward adds, by adapter
         self._armed: dict[str, list[Tensor | None]] = {}
-        # the logits of this step with their graph, and singular values: by adapter, with what they were made from
+        # layers in search, the logits of this step with their graph, its noise, and singular values: by adapter, with what
+        # they were made from
+        self._searching: dict[str, tuple[dict, dict[str, SearchLayer]]] = {}
         self._graphs: dict[str, tuple[tuple, Tensor]] = {}
+        self._noise: dict[str, tuple[tuple, Tensor]] = {}
         self._spectra: dict[str, tuple[tuple, Tensor]] = {}
         # what the present selection was made from
         self._selected_from: tuple | None = None
@@ -64,6 +67,7 @@ class RankSearchTraining(AdaptiveRankTuner):
 
     def _forget_masks(self, adapter_name: str) -> None:
         """Let go of the parameters of masks: the ranks are final."""
+        self._searching.pop(adapter_name, None)
         for layer in self.adapter_layers(adapter_name).values():
             for attribute in layer.adapter_layer_names:
                 masks = getattr(layer, attribute)
@@ -72,7 +76,10 @@ class RankSearchTraining(AdaptiveRankTuner):
 
     def searching_layers(self, adapter_name: str) -> dict[str, SearchLayer]:
         """The layers whose ranks are not final, by module name in the base model."""
-        return {name: layer for name, layer in self.adapter_layers(adapter_name).items() if layer.searching}
+        layers = self.adapter_layers(adapter_name)
+        if adapter_name not in self._searching or self._searching[adapter_name][0] is not layers:
+            self._searching[adapter_name] = layers, {name: layer for name, layer in layers.items() if layer.searching}
+        return self._searching[adapter_name][1]
 
     def singular_values(self, adapter_name: str) -> Tensor:
         """(modules, K), padded with 0, scaled to a sum of squares of 1 in each module."""
@@ -92,7 +99,7 @@ class RankSearchTraining(AdaptiveRankTuner):
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
-        for kept in (self._states, self._graphs, self._spectra):
+        for kept in (self._states, self._searching, self._graphs, self._noise, self._spectra):
             kept.pop(adapter_name, None)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -156,17 +163,23 @@ class RankSearchTraining(AdaptiveRankTuner):
     def _draw(self, name: str, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Soft and hard mask of this optimizer step: the same for all of its micro-batches and on every process."""
         state = self._states[name]
-        uniform = uniform_noise(logits.shape, state.seed, state.step, logits.device)
-        return gumbel_mask(logits, uniform, self.peft_config[name].tau)
+        stamp = (logits.shape, state.seed, state.step, logits.device)
+        if self._noise.get(name, (None,))[0] != stamp:
+            self._noise[name] = stamp, uniform_noise(*stamp)
+        return gumbel_mask(logits, self._noise[name][1], self.peft_config[name].tau)
 
-    def _shared_logits(self, name: str) -> Tensor:
+    def _logits(self, name: str, parameters: list[nn.Parameter]) -> Tensor:
         """`mask_logits`, made once for each optimizer step: all micro-batches and the regularizers share its graph."""
-        parameters = self.mask_parameters(name)
         stamp = _stamp(parameters)
         if self._graphs.get(name, (None,))[0] != stamp:
             with torch.enable_grad():
                 self._graphs[name] = stamp, self.mask_logits(name)
-        return SharedGraph.apply([self._graphs[name][1]], *(p for p in parameters if p.requires_grad))
+        return self._graphs[name][1]
+
+    def _shared_logits(self, name: str) -> Tensor:
+        """The same, to go backward from."""
+        parameters = self.mask_parameters(name)
+        return SharedGraph.apply([self._logits(name, parameters)], *(p for p in parameters if p.requires_grad))
 
     @torch.no_grad()
     def _select_ranks(self) -> None:
@@ -204,16 +217,20 @@ class RankSearchTraining(AdaptiveRankTuner):
     def add_regularization_gradient(self) -> None:
         for name in self._trained_adapters():
             self._check_reached(name)
+            logits, gradient = self._regularizer_gradient(name)
             parameters = [p for p in self.mask_parameters(name) if p.requires_grad]
-            logits = self._shared_logits(name)
-            loss = self.regularizer(name, logits, self._draw(name, logits)[1])
-            add_to_gradients(parameters, torch.autograd.grad(loss, parameters))
+            add_to_gradients(parameters, torch.autograd.grad(logits, parameters, gradient, retain_graph=True))
 
     def arm_regularization(self, loss_scale: float = 1.0) -> None:
         for name in self._trained_adapters():
-            logits = self._shared_logits(name).detach().requires_grad_()
-            loss = self.regularizer(name, logits, self._draw(name, logits)[1])
-            self._armed[name] = [torch.autograd.grad(loss * loss_scale, logits)[0]]
+            self._armed[name] = [self._regularizer_gradient(name)[1] * loss_scale]
+
+    def _regularizer_gradient(self, name: str) -> tuple[Tensor, Tensor]:
+        """The logits of the step with their graph, and the gradient of the regularizer with respect to them."""
+        logits = self._logits(name, self.mask_parameters(name))
+        leaf = logits.detach().requires_grad_()
+        loss = self.regularizer(name, leaf, self._draw(name, leaf)[1])
+        return logits, torch.autograd.grad(loss, leaf)[0]
 
     def _check_reached(self, name: str) -> None:
         """After the first backward: a module whose output the loss does not depend on cannot be searched."""
@@ -239,7 +256,7 @@ class RankSearchTraining(AdaptiveRankTuner):
                 continue
             self._check_schedule(name)
             self._graphs.pop(name, None)  # engines change parameters without a trace
-            reached = state.record(self._shared_logits(name), global_step)
+            reached = state.record(self._logits(name, self.mask_parameters(name)), global_step)
             if reached is not None:
                 decided = True
                 self._write_snapshot(name, reached)
@@ -358,7 +375,7 @@ class RankSearchTraining(AdaptiveRankTuner):
             if name not in self._states:
                 ranks = [module.rank for module in self._linears(name).values()]
                 return {"rank/total": sum(ranks), "rank/mean": sum(ranks) / max(1, len(ranks)), **summary}
-            state, logits = self._states[name], self._shared_logits(name)
+            state, logits = self._states[name], self._logits(name, self.mask_parameters(name))
             likely = state.likely(logits)
             selection = state.choose(logits, state.target)
             kept = [size if ranks is None else len(ranks) for size, ranks in zip(state.sizes, selection, strict=True)]
