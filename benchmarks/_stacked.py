@@ -183,6 +183,7 @@ class StackedTraining:
         if self.salient:
             with torch.no_grad():
                 self.values = torch.stack(list(self.leaves["E"])) * self.masks
+                self.gradients = torch.stack([leaf.grad for leaf in self.leaves["E"]])
                 self.regularizers = torch.vmap(orthogonality)(*self._factors_of_salientlora())
         if self.adalora:
             self._update_importance()
@@ -256,8 +257,11 @@ class StackedTraining:
             for layer in tuner.adapter_layers(ADAPTER).values():
                 layer.salientlora_mask[ADAPTER] = next(masks)
 
-            def record(name: str, k: int = k) -> None:
-                self.tuners[k].allocator(name).record([self.values[k]], self.regularizers[k])
+            weighs = self.configs[k].weighs_gradients
+
+            def record(name: str, k: int = k, weighs: bool = weighs) -> None:
+                gradient = self.gradients[k] if weighs else None
+                self.tuners[k].allocator(name).record([self.values[k]], self.regularizers[k], gradient)
 
             tuner._record = record
         weights = [config.orth_reg_weight for config in self.configs]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from peft_rank import orthogonality as module
-from peft_rank.orthogonality import orthogonality, orthogonality_gradient, rank_norms
+from peft_rank.orthogonality import orthogonality, orthogonality_gradient
 
 
 SHAPES = [(4, 8, 6), (1, 5, 3), (4, 8, 6), (3, 3, 9), (6, 4, 4)]  # (r, in, out); the last has more ranks than columns
@@ -151,15 +151,3 @@ def test_wrong_numbers_of_factors_are_refused(function) -> None:
         function(down, up[:-1])
     with pytest.raises(ValueError, match="`alive`"):
         function(down, up, [None])
-
-
-def test_norms_of_ranks() -> None:
-    """One after another, whatever the shapes; modules without ranks have none."""
-    generator = torch.Generator().manual_seed(0)
-    shapes = [(3, 7), (5, 7), (0, 4), (12, 9), (1, 7)]
-    down = [torch.randn(r, n, generator=generator) for r, n in shapes]
-    for factors, rank_dim in ((down, 0), ([A.T.contiguous().half() for A in down], 1)):
-        expected = torch.cat([factor.float().norm(dim=1 - rank_dim) for factor in factors])
-        torch.testing.assert_close(rank_norms(factors, rank_dim), expected)
-        squares = torch.cat([factor.float().square().mean(1 - rank_dim) for factor in factors])
-        torch.testing.assert_close(rank_norms(factors, rank_dim, mean=True), squares.sqrt())

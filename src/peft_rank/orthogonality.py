@@ -94,20 +94,6 @@ def _residual(stack: torch.Tensor, alive: torch.Tensor, rank_dim: int) -> tuple[
     return gram, torch.linalg.matrix_norm(gram, keepdim=True)
 
 
-@torch.no_grad()
-def rank_norms(factors: Sequence[torch.Tensor], rank_dim: int, mean: bool = False) -> torch.Tensor:
-    """Norms of the ranks of all factors, one after another, (N,) float32 on the device of the first: of rows for
-    `rank_dim=0`, of columns for 1. With `mean` their root mean squares."""
-    norms: list[torch.Tensor] = [factor.new_zeros(0, dtype=torch.float32) for factor in factors]
-    for positions, stack, _ in _stacks(factors, [None] * len(factors), rank_dim):
-        of_stack = stack.norm(dim=2 - rank_dim)  # (g, width)
-        if mean:
-            of_stack /= math.sqrt(stack.shape[2 - rank_dim])
-        for position, row in zip(positions, of_stack.unbind(), strict=True):
-            norms[position] = row[: factors[position].shape[rank_dim]]
-    return torch.cat([each.to(norms[0].device) for each in norms])
-
-
 def _check(down: Sequence[torch.Tensor], up: Sequence[torch.Tensor]) -> None:
     if not down or len(down) != len(up):
         raise ValueError(

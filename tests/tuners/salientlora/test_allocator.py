@@ -18,7 +18,7 @@ from peft_rank import RankAllocationCallback, SalientLoRAConfig, get_rank_patter
 from peft_rank.allocation.budget import keep_top
 from peft_rank.allocation.salience import salience_scores
 from peft_rank.tuners.salientlora.allocator import RankAllocator
-from runs import adam, adapted, assert_close, config, modules_of, steps_by_hand, train, weights
+from runs import DECISIONS, WARMUP, adam, adapted, assert_close, config, modules_of, steps_by_hand, train, weights
 from tiny_models import TINY_MODELS
 
 
@@ -37,9 +37,13 @@ def series(step: int, n: int = 15) -> torch.Tensor:
     return torch.randn(n, generator=torch.Generator().manual_seed(step)) * torch.arange(1, n + 1)
 
 
+def gradients(step: int, n: int = 15) -> torch.Tensor:
+    return series(1000 + step, n).flip(0)
+
+
 def record(allocator: RankAllocator, step: int) -> None:
     values = series(step)[allocator.index].split(allocator.sizes)
-    allocator.record(list(values), torch.tensor(1.0 / step))
+    allocator.record(list(values), torch.tensor(1.0 / step), gradients(step)[allocator.index])
 
 
 def test_recording_starts_after_the_warmup_and_ends_with_the_allocation() -> None:
@@ -72,8 +76,8 @@ def test_decisions_are_those_of_the_pure_functions(remove: bool) -> None:
                 record(allocator, step)
             else:
                 values = (series(step) * alive).split(SIZES)
-                allocator.record(list(values), torch.tensor(1.0 / step))
-        window = torch.stack([series(step) for step in steps])
+                allocator.record(list(values), torch.tensor(1.0 / step), gradients(step))
+        window = torch.stack([series(step) for step in steps]) * sum(gradients(step).abs() for step in steps)
         scores = salience_scores(window, torch.tensor([1.0 / step for step in steps]), SIZES, alive=alive)
         alive = keep_top(scores, decision.budget, SIZES, alive=alive)
         allocator.decide(allocator.due(decision.step))
@@ -272,25 +276,53 @@ def test_every_option_of_the_scores_meets_the_budget(scope: str, slope: float) -
     assert sum(ranks.values()) == 28 and min(ranks.values()) >= 1
 
 
-@pytest.mark.parametrize(("start", "factors"), [(True, "AEB"), ("gaussian", "AEB"), (True, "E")])
-def test_what_ranks_are_compared_by(start: str | bool, factors: str) -> None:
-    """The norm of what a rank adds to the weight, as a root mean square over the outputs; E alone where that starts at
-    0, and where B is still 0 and nothing adds anything."""
+@pytest.mark.parametrize("start", [True, False, "gaussian"])
+@pytest.mark.parametrize("gradient", ["random", "zero", "none"])
+def test_what_ranks_are_compared_by(start: str | bool, gradient: str) -> None:
+    """The first-order change of the loss without the rank, |E| times the mean of |dL/dE| since the last decision; E alone
+    where that starts at 0, and where gradients say nothing (B is still 0) or are gone (`zero_grad` came first)."""
     model = adapted(LLAMA, init_weights=start, salience_lambda=1.0, warmup_steps=0, allocation_steps=6)
-    tuner, expected = model.base_model, []
+    tuner = model.base_model
     tuner.resolve_schedule(6)
-    for layer in tuner.adapter_layers("default").values():
-        A, E, B = (getattr(layer, f"salientlora_{factor}")["default"] for factor in "AEB")
-        for factor in factors:
-            torch.nn.init.normal_({"A": A, "E": E, "B": B}[factor])
-        added = [(B[:, [i]] @ A[[i]] * E[i]).detach() for i in range(len(E))]  # (out, in) of every rank
-        sizes = [float(one.norm(dim=1).square().mean().sqrt()) for one in added]
-        expected.append(E.detach().abs() if start == "gaussian" or factors == "E" else torch.tensor(sizes))
-    kept = sorted(torch.cat(expected).topk(tuner.allocator("default").target_total).values.tolist())
+    allocator = tuner.allocator("default")
+    parameters = [layer.stored("default").E for layer in tuner.adapter_layers("default").values()]
+    for E in parameters:
+        torch.nn.init.normal_(E)
+    values = torch.cat([E.detach().abs() for E in parameters])
+    alive, seen = torch.ones(len(values), dtype=torch.bool), torch.zeros(len(values))
+    budgets = {decision.step: decision.budget for decision in allocator.decisions}
+    assert len(budgets) > 1
     for step in range(1, 7):
+        if gradient != "none":
+            for E in parameters:
+                E.grad = torch.randn_like(E) * (gradient == "random")
+            seen += torch.cat([E.grad.abs() for E in parameters])
         tuner.update_and_allocate(step)
-    alive = [expected[i][ranks] for i, ranks in enumerate(tuner.allocator("default").living())]
-    assert_close(sorted(torch.cat(alive).tolist()), kept, 1e-6)
+        if step in budgets:
+            worth = values * seen if start != "gaussian" and seen.any() else values
+            kept = torch.where(alive, worth, -1.0).topk(budgets[step]).indices
+            alive = torch.zeros_like(alive).index_fill_(0, kept, True)
+            seen = torch.zeros_like(seen)
+            assert torch.equal(allocator.alive, alive)
+
+
+class Gradients(TrainerCallback):
+    """Looks into the memory of the allocation while it runs."""
+
+    def __init__(self) -> None:
+        self.steps = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, model: PeftModel, **kwargs: Any) -> None:
+        found = model.base_model.allocator("default")._gradient
+        if found is not None and found.any():
+            self.steps.append(state.global_step)
+
+
+def test_the_trainer_leaves_gradients_to_compare_by(tmp_path: Path) -> None:
+    seen = Gradients()
+    train(adapted(LLAMA), LLAMA, tmp_path, callbacks=[RankAllocationCallback(log=False), seen], max_grad_norm=1.0)
+    # none after the warm-up is missing but those of decisions
+    assert seen.steps == [step for step in range(WARMUP + 1, DECISIONS[-1]) if step not in DECISIONS]
 
 
 def test_a_constant_window_meets_the_budget() -> None:

@@ -127,11 +127,11 @@ def test_the_scale_and_whether_ranks_are_pruned() -> None:
 
 
 def test_what_the_default_start_is() -> None:
-    assert SalientLoRAConfig().start == "lora" and SalientLoRAConfig().compares_norms
+    assert SalientLoRAConfig().start == "lora" and SalientLoRAConfig().weighs_gradients
     released = SalientLoRAConfig(reference=True)
-    assert released.start == "gaussian" and not released.compares_norms
+    assert released.start == "gaussian" and not released.weighs_gradients
     assert SalientLoRAConfig(init_weights=False).start is False
-    assert not SalientLoRAConfig(init_weights="orthogonal").compares_norms
+    assert not SalientLoRAConfig(init_weights="orthogonal").weighs_gradients
 
 
 EXAMPLE = {

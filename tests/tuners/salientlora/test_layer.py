@@ -340,6 +340,14 @@ def test_an_armed_gradient_is_added_once_over_micro_batches_and_uses(model) -> N
     for name, p in model.named_parameters():
         if p.requires_grad:
             torch.testing.assert_close(p.grad, expected[name], rtol=1e-5, atol=1e-5)
+    _check_watched(model)
+
+
+def _check_watched(model) -> None:
+    """What was seen of the gradient of E, for engines that take it away, is what parameters have got; only once."""
+    expected = torch.cat([p.grad for name, p in model.named_parameters() if "salientlora_E" in name])
+    torch.testing.assert_close(model.base_model._gradient_of_E("default"), expected)
+    assert expected.any() and not any(layer._watched for layer in layers(model))
 
 
 def test_arming_scales_with_the_loss(model) -> None:
@@ -376,6 +384,7 @@ def test_an_armed_gradient_survives_recomputation(model, use_reentrant: bool) ->
         model.base_model.arm_regularization()
         run(x).square().sum().backward()
         results.append({n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad})
+        _check_watched(model)
     for name in results[0]:
         torch.testing.assert_close(results[0][name], results[1][name], rtol=1e-5, atol=1e-5)
 

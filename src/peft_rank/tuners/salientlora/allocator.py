@@ -1,8 +1,8 @@
 # Copyright 2026 The peft_rank authors. Licensed under the Apache License, Version 2.0.
 """Memory and clock of one adapter's allocation: what was recorded, what was decided, what comes next.
 
-It sees the values of ranks (E, or E times norms) as one vector over the model, module by module, and knows neither layers nor
-optimizers.
+It sees the values of ranks, and maybe their gradients, as one vector over the model, module by module, and knows neither layers
+nor optimizers.
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ class RankAllocator:
         self._rows = 0
         self._window = torch.empty(0, sum(sizes))
         self._regularizer = torch.empty(0)
+        self._gradient: torch.Tensor | None = None  # (N,), absolute values, summed over the window
 
     @property
     def target_total(self) -> int:
@@ -107,6 +108,7 @@ class RankAllocator:
         self.initial_sizes = [int(alive.sum()) for alive in self.alive.split(self.sizes)]
         self.index = self.alive.cumsum(0) - self.alive.long()
         self.last_step = self.recorded = self._rows = 0
+        self._gradient = None
         self.decided_step = -1
         self.rolled_back = False
 
@@ -114,8 +116,11 @@ class RankAllocator:
         """Whether the singular values after `step` belong to the allocation phase."""
         return not self.finished and bool(self.pending) and step > self.schedule.warmup_steps
 
-    def record(self, values: Sequence[torch.Tensor], regularizer: torch.Tensor) -> None:
-        """Append the singular values, one (r,) tensor a module, and the regularizer's value, a scalar, to the window."""
+    def record(
+        self, values: Sequence[torch.Tensor], regularizer: torch.Tensor, gradient: torch.Tensor | None = None
+    ) -> None:
+        """Append a step to the window: the singular values, one (r,) tensor a module, the regularizer's value, a scalar, and
+        the gradient of the singular values, (N,), if they are to be weighed by it."""
         device = regularizer.device
         if self._rows == len(self._window) or self._window.device != device:
             self._reserve(device)
@@ -123,6 +128,9 @@ class RankAllocator:
             values = [value.to(device) for value in values]
         torch.cat([value.detach().float() for value in values], out=self._window[self._rows])
         self._regularizer[self._rows] = regularizer
+        if gradient is not None:
+            gradient = gradient.abs().to(device)
+            self._gradient = gradient if self._gradient is None else self._gradient.to(device).add_(gradient)
         self._rows += 1
         self.recorded += 1
 
@@ -141,17 +149,21 @@ class RankAllocator:
         late = [decision for decision in self.pending if decision.step <= step]
         return late[-1] if late and self._rows else None
 
-    def decide(self, decision: Decision, norms: torch.Tensor | None = None) -> torch.Tensor:
+    def decide(self, decision: Decision) -> torch.Tensor:
         """(N,) bool on the CPU: the ranks to keep, of those that exist. Clears the window; the same on every process.
 
-        `norms`, (N,), are what the recorded values are multiplied by; 1 if not given.
+        With gradients a value counts as |E_i| times the mean of |dL/dE_i|, the first-order change of the loss without the
+        rank: of one unit for all modules, whatever the norms of A and B (importance of Molchanov et al., CVPR 2019,
+        https://huggingface.co/papers/1906.10771, eq. 8, and of AdaLoRA, for the singular value alone). Where all are 0, by E.
         """
         config = self.config
         device = self._window.device
         alive = self.alive.to(device)
         window = self._window[: self._rows]
+        if self._gradient is not None and self._gradient.any():
+            window = window * self._gradient
         scores = salience_scores(
-            window if norms is None else window * norms.to(device),
+            window,
             self._regularizer[: self._rows],
             self.sizes,
             alive=alive,
@@ -172,7 +184,7 @@ class RankAllocator:
         keep = keep.cpu().bool()
         self.alive &= keep
         self.decided_step = decision.step
-        self._rows = 0
+        self._rows, self._gradient = 0, None
         return keep
 
     def living(self) -> list[list[int]]:
@@ -186,6 +198,7 @@ class RankAllocator:
         masks = list(self.alive.split(self.sizes))
         alive = self.alive.to(self._window.device)
         self._window = self._window[:, alive].contiguous()
+        self._gradient = None if self._gradient is None else self._gradient[alive]
         self.sizes = [int(mask.sum()) for mask in masks]
         self.index = self.index[self.alive]
         self.alive = torch.ones(len(self.index), dtype=torch.bool)
@@ -201,6 +214,8 @@ class RankAllocator:
             "window": self._window[: self._rows].cpu().contiguous(),
             "regularizer": self._regularizer[: self._rows].cpu().contiguous(),
         }
+        if self._gradient is not None:
+            tensors["gradient"] = self._gradient.cpu()
         clock = {"last_step": self.last_step, "recorded": self.recorded, "decided_step": self.decided_step}
         return pack_state(tensors, clock)
 
@@ -224,6 +239,6 @@ class RankAllocator:
         self.index, self.alive = tensors["index"], tensors["alive"].bool()
         self.sizes, self.initial_sizes = tensors["sizes"].tolist(), tensors["initial_sizes"].tolist()
         self._window, self._regularizer = tensors["window"], tensors["regularizer"]
-        self._rows = len(self._window)
+        self._rows, self._gradient = len(self._window), tensors.get("gradient")
         self.last_step, self.recorded = clock["last_step"], clock["recorded"]
         self.decided_step = clock["decided_step"]

@@ -147,8 +147,8 @@ class SalientLoRAConfig(AdaptedModulesConfig):
         return self.init_weights
 
     @property
-    def compares_norms(self) -> bool:
-        """Whether the norms of A and B count when ranks are compared: where E does not start at 0 it says little alone."""
+    def weighs_gradients(self) -> bool:
+        """Whether the gradient of E counts when ranks are compared: where E does not start at 0 it says little alone."""
         return self.start not in ("gaussian", "orthogonal") and not self.reference
 
     @property

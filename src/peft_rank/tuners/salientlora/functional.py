@@ -218,3 +218,20 @@ class MaskRanks(Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor):
         return grad_output * ctx.mask, None
+
+
+class WatchGradient(Function):
+    """The identity, whose backward adds the gradient to `watched[key]`. Saves no tensors, as `MaskRanks`."""
+
+    @staticmethod
+    def forward(ctx: Any, E: torch.Tensor, watched: dict[str, torch.Tensor | None], key: str) -> torch.Tensor:
+        ctx.watched, ctx.key = watched, key
+        return E.view_as(E)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: torch.Tensor):
+        if ctx.key in ctx.watched:
+            before = ctx.watched[ctx.key]
+            ctx.watched[ctx.key] = grad_output if before is None else before + grad_output
+        return grad_output, None, None

@@ -24,6 +24,7 @@ from .functional import (
     LinearWithUpdate,
     MaskRanks,
     PreparedUpdate,
+    WatchGradient,
     prepare_updates,
 )
 
@@ -61,6 +62,8 @@ class SalientLoRALayer(AdditiveLayer):
         self.salientlora_state = BufferDict({}, persistent=True)
         # gradients of the regularizer that the next backward adds, by adapter: (of A, of B)
         self._armed: dict[str, list[torch.Tensor | None]] = {}
+        # where an engine takes gradients away: that of E, summed over the micro-batches of this process, by adapter
+        self._watched: dict[str, torch.Tensor | None] = {}
         # one entry while the whole model's forward runs, if this layer can be fused; a dict, because setting an
         # attribute of a module takes longer than the rest
         self._prepared: dict[str, PreparedUpdate] = {}
@@ -187,13 +190,17 @@ class SalientLoRALayer(AdditiveLayer):
         )
 
     def factors(self, adapter_name: str) -> Factors:
-        """The factors for a forward pass: gathered, masked and, if armed, with the regularizer in their backward."""
+        """The factors for a forward pass: gathered, masked and, if armed, with the regularizer in their backward and the
+        gradient of E watched."""
         A, E, B = self.stored(adapter_name)
         self._gather_sharded(A, E, B)
         if adapter_name in self._armed and torch.is_grad_enabled():
             A = AddToGradient.apply(A, self._armed, adapter_name, 0)
             B = AddToGradient.apply(B, self._armed, adapter_name, 1)
-        return Factors(A, self.masked_E(adapter_name), B)
+        E = self.masked_E(adapter_name)
+        if adapter_name in self._watched and torch.is_grad_enabled():
+            E = WatchGradient.apply(E, self._watched, adapter_name)
+        return Factors(A, E, B)
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """`scaling * B diag(E) A` in the layout of the base weight and the dtype of A, computed in float32 at least."""

@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers.trainer_pt_utils import get_model_param_count
 
-from peft_rank.orthogonality import orthogonality, orthogonality_gradient, rank_norms
+from peft_rank.orthogonality import orthogonality, orthogonality_gradient
 
 from ..adaptive import AdaptiveRankTuner, ShrinkPolicy, add_to_gradients, check_step
 from ..sharding import gather, in_full_precision, is_sharded
@@ -118,6 +118,9 @@ class SalientLoRATraining(AdaptiveRankTuner):
     def arm_regularization(self, loss_scale: float = 1.0) -> None:
         for name in self._trained_adapters():
             layers = self.adapter_layers(name).values()
+            if self.peft_config[name].weighs_gradients and not self.allocator(name).finished:
+                for layer in layers:
+                    layer._watched[name] = None
             regularization = self._regularization(name, loss_scale)
             if regularization:
                 for layer, *pair in zip(layers, *(gradients for _, gradients in regularization), strict=True):
@@ -174,7 +177,7 @@ class SalientLoRATraining(AdaptiveRankTuner):
             decision = allocator.due(global_step)
             if decision is not None:
                 decided = True
-                self._prune(name, allocator.decide(decision, self._norms(name)))
+                self._prune(name, allocator.decide(decision))
                 if shrink == "each" or allocator.finished:
                     self._remove_pruned(name, optimizer)
         return decided
@@ -196,17 +199,30 @@ class SalientLoRATraining(AdaptiveRankTuner):
         down, up, alive = self._factors(adapter_name)
         values = gather(in_full_precision(self._stored(adapter_name)[1]))
         values = [E if mask is None else E * mask.to(E) for E, mask in zip(values, alive, strict=True)]
-        self.allocator(adapter_name).record(values, orthogonality(down, up, alive))
+        self.allocator(adapter_name).record(values, orthogonality(down, up, alive), self._gradient_of_E(adapter_name))
 
-    def _norms(self, adapter_name: str) -> torch.Tensor | None:
-        """|a_i| rms(b_i) of all ranks, (N,): times |E_i|, how much of an input a rank adds to an output. Not the norm
-        of b_i: Adam moves all of its entries alike, and only the widest modules would keep ranks. None where E says it
-        all, also as long as B is 0 everywhere."""
-        if not self.peft_config[adapter_name].compares_norms:
+    def _gradient_of_E(self, adapter_name: str) -> torch.Tensor | None:
+        """(N,) float32, of the step; None where E says it all, or gradients are gone, as after `zero_grad`."""
+        if not self.peft_config[adapter_name].weighs_gradients:
             return None
-        down, up, _ = self._factors(adapter_name)
-        norms = rank_norms(down, 0) * rank_norms(up, 1, mean=True)
-        return norms if norms.any() else None
+        layers = list(self.adapter_layers(adapter_name).values())
+        parameters = [layer.stored(adapter_name).E for layer in layers]
+        watched = adapter_name in layers[0]._watched
+        found = [layer._watched.pop(adapter_name) for layer in layers] if watched else [E.grad for E in parameters]
+        held = gather([gradient for gradient in found if gradient is not None])
+        if not held and not watched:
+            return None
+        device = held[0].device if held else parameters[0].device
+        rest = iter(held)
+        parts = [
+            torch.zeros(layer.width(adapter_name)) if gradient is None else next(rest)
+            for layer, gradient in zip(layers, found, strict=True)
+        ]
+        gradient = torch.cat([part.to(device, torch.float32) for part in parts])
+        if watched and torch.distributed.is_available() and torch.distributed.is_initialized():
+            # each process has seen its part of the batch
+            torch.distributed.all_reduce(gradient)
+        return gradient
 
     def _prune(self, adapter_name: str, keep: torch.Tensor) -> None:
         layers = self.adapter_layers(adapter_name).values()
@@ -237,6 +253,7 @@ class SalientLoRATraining(AdaptiveRankTuner):
                 self._finish_early(name, allocator)
             for layer in self.adapter_layers(name).values():
                 layer._armed.pop(name, None)
+                layer._watched.pop(name, None)
             if compact:
                 self._remove_pruned(name, optimizer, training=False)
             allocator.closed = True
@@ -277,7 +294,7 @@ class SalientLoRATraining(AdaptiveRankTuner):
         )
         if allocator.due(last.step) is None:
             self._record(name)
-        self._prune(name, allocator.decide(last, self._norms(name)))
+        self._prune(name, allocator.decide(last))
 
     @property
     def allocation_finished(self) -> bool:
