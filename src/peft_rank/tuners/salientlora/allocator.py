@@ -130,7 +130,7 @@ class RankAllocator:
         self._regularizer[self._rows] = regularizer
         if gradient is not None:
             gradient = gradient.abs().to(device)
-            self._gradient = gradient if self._gradient is None else self._gradient.to(device).add_(gradient)
+            self._gradient = gradient if self._gradient is None else self._gradient.add_(gradient)
         self._rows += 1
         self.recorded += 1
 
@@ -143,6 +143,7 @@ class RankAllocator:
         window[: self._rows] = self._window[: self._rows].to(device)
         regularizer[: self._rows] = self._regularizer[: self._rows].to(device)
         self._window, self._regularizer = window, regularizer
+        self._gradient = None if self._gradient is None else self._gradient.to(device)
 
     def due(self, step: int) -> Decision | None:
         """The decision to take after `step`: the last one whose time has come, if anything was recorded for it."""

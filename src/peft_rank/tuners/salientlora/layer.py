@@ -189,6 +189,11 @@ class SalientLoRALayer(AdditiveLayer):
             modules["salientlora_B"]._parameters[adapter_name],
         )
 
+    def disarm(self, adapter_name: str) -> None:
+        """Add and watch no gradients any more."""
+        self._armed.pop(adapter_name, None)
+        self._watched.pop(adapter_name, None)
+
     def factors(self, adapter_name: str) -> Factors:
         """The factors for a forward pass: gathered, masked and, if armed, with the regularizer in their backward and the
         gradient of E watched."""

@@ -252,8 +252,7 @@ class SalientLoRATraining(AdaptiveRankTuner):
             if not allocator.finished:
                 self._finish_early(name, allocator)
             for layer in self.adapter_layers(name).values():
-                layer._armed.pop(name, None)
-                layer._watched.pop(name, None)
+                layer.disarm(name)
             if compact:
                 self._remove_pruned(name, optimizer, training=False)
             allocator.closed = True
@@ -371,7 +370,7 @@ class SalientLoRATraining(AdaptiveRankTuner):
             self._allocators[adapter_name] = allocator
         for layer in self.adapter_layers(adapter_name).values():
             layer.salientlora_mask.pop(adapter_name, None)
-            layer._armed.pop(adapter_name, None)
+            layer.disarm(adapter_name)
             if adapter_name in layer.salientlora_state:
                 del layer.salientlora_state[adapter_name]
 
