@@ -319,7 +319,7 @@ def flags_for(model: str, files: SimpleNamespace, output: Path, **values) -> lis
     ranks = {"init_r": 4, "target_r": 2, "lora_alpha": 16}
     generation = {"max_target_length": 6, "generation_num_beams": 2}
     common = {"model_name_or_path": files.folder / model, "learning_rate": 2e-3, "seed": 3}
-    return flags(**common, **paths, **quiet, **ranks, **generation, **values)
+    return flags(**{**common, **paths, **quiet, **ranks, **generation, **values})
 
 
 def generated(model, folder: Path, files: SimpleNamespace) -> list[str]:
@@ -352,9 +352,9 @@ def test_best_model_is_generated_with_saved_and_loaded_by_stock_peft(nlg, files,
     written, arguments = [], []
     for name in ("bart", "t5"):
         output, exported = tmp_path / name, tmp_path / f"{name}-lora"
-        schedule = {"max_steps": 24, "allocation_warmup_steps": 2, "allocation_steps": 8}
+        schedule = {"max_steps": 48, "learning_rate": 1e-2, "allocation_warmup_steps": 2, "allocation_steps": 8}
         windows = {"initial_window": 3, "final_window": 20}
-        often = {"eval_strategy": "steps", "eval_steps": 8, "save_strategy": "steps", "save_steps": 8}
+        often = {"eval_strategy": "steps", "eval_steps": 16, "save_strategy": "steps", "save_steps": 16}
         best = {"load_best_model_at_end": True, "metric_for_best_model": "rouge1", "greater_is_better": True}
         options = schedule | windows | often | best | {"export_lora": exported}
         nlg.run_nlg.main(flags_for(name, files, output, **options))

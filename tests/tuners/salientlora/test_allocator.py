@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -297,7 +298,10 @@ def test_what_ranks_are_compared_by(start: str | bool, gradient: str) -> None:
             for E in parameters:
                 E.grad = torch.randn_like(E) * (gradient == "random")
             seen += torch.cat([E.grad.abs() for E in parameters])
-        tuner.update_and_allocate(step)
+        # E alone, though something has been trained, is told of
+        gone = step in budgets and (start, gradient) == (False, "none")
+        with pytest.warns(UserWarning, match="by E alone") if gone else nullcontext():
+            tuner.update_and_allocate(step)
         if step in budgets:
             worth = values * seen if start != "gaussian" and seen.any() else values
             kept = torch.where(alive, worth, -1.0).topk(budgets[step]).indices
@@ -306,23 +310,42 @@ def test_what_ranks_are_compared_by(start: str | bool, gradient: str) -> None:
             assert torch.equal(allocator.alive, alive)
 
 
+def test_an_early_end_compares_by_the_gradients_of_the_last_window() -> None:
+    """When a decision has just been taken and gradients are gone."""
+    model = adapted(LLAMA, salience_lambda=1.0)
+    tuner, optimizer = model.base_model, adam(model)
+    steps_by_hand(model, LLAMA, 1, DECISIONS[0] - 1, optimizer)
+    seen = tuner.allocator("default")._gradient.clone()
+    model(**LLAMA.make_batch(8, seed=0)).loss.backward()
+    layers = tuner.adapter_layers("default").values()
+    seen += torch.cat([layer.stored("default").E.grad.abs() for layer in layers])
+    alive = tuner.allocator("default").alive
+    assert tuner.update_and_allocate(DECISIONS[0]) and 28 < alive.sum() < 56
+    optimizer.zero_grad()
+    values = torch.cat([layer.stored("default").E.detach().abs() for layer in layers])
+    kept = torch.where(alive, values * seen, -1.0).topk(28).indices
+    with pytest.warns(UserWarning, match="cut short"):
+        tuner.finalize(compact=False)
+    assert torch.equal(tuner.allocator("default").alive.nonzero().squeeze(1), kept.sort().values)
+
+
 class Gradients(TrainerCallback):
     """Looks into the memory of the allocation while it runs."""
 
     def __init__(self) -> None:
-        self.steps = []
+        self.sum, self.changed = 0.0, []
 
     def on_step_end(self, args: Any, state: Any, control: Any, model: PeftModel, **kwargs: Any) -> None:
         found = model.base_model.allocator("default")._gradient
-        if found is not None and found.any():
-            self.steps.append(state.global_step)
+        before, self.sum = self.sum, 0.0 if found is None else float(found.sum())
+        if self.sum != before:
+            self.changed.append(state.global_step)
 
 
 def test_the_trainer_leaves_gradients_to_compare_by(tmp_path: Path) -> None:
     seen = Gradients()
     train(adapted(LLAMA), LLAMA, tmp_path, callbacks=[RankAllocationCallback(log=False), seen], max_grad_norm=1.0)
-    # none after the warm-up is missing but those of decisions
-    assert seen.steps == [step for step in range(WARMUP + 1, DECISIONS[-1]) if step not in DECISIONS]
+    assert seen.changed == list(range(WARMUP + 1, DECISIONS[-1] + 1))
 
 
 def test_a_constant_window_meets_the_budget() -> None:

@@ -17,6 +17,7 @@ from peft_rank.tuners.functional import AddToGradient, compute_dtype
 from peft_rank.tuners.salientlora.functional import (
     Factors,
     LinearWithUpdate,
+    WatchGradient,
     prepare_updates,
 )
 from runs import assert_close
@@ -182,6 +183,12 @@ def layers(model) -> list:
     return list(model.base_model.adapter_layers("default").values())
 
 
+def allocate(model) -> None:
+    """Let the next step be one of the allocation."""
+    model.base_model.resolve_schedule(100)
+    model.base_model.skip_step(20)
+
+
 def effective(layer) -> tuple[torch.Tensor, torch.Tensor]:
     """W + scale * B diag(E) A by hand, (out, in), and the bias."""
     A, E, B = (getattr(layer, f"salientlora_{name}")["default"] for name in "AEB")
@@ -324,6 +331,7 @@ def test_the_model_can_be_cast_with_masks(model) -> None:
 
 def test_an_armed_gradient_is_added_once_over_micro_batches_and_uses(model) -> None:
     """The first layer is used twice in each of three micro-batches."""
+    allocate(model)
     batches = [torch.randn(5, 6) for _ in range(3)]
     for batch in batches:
         model(batch).square().sum().backward()
@@ -351,12 +359,14 @@ def _check_watched(model) -> None:
 
 
 def test_arming_scales_with_the_loss(model) -> None:
+    allocate(model)
     x, seen = torch.randn(5, 6), []
     for scale in (1.0, 1024.0):
         model.zero_grad()
         model.base_model.arm_regularization(scale)
         (scale * model(x).square().sum()).backward()
         seen.append({n: p.grad / scale for n, p in model.named_parameters() if p.requires_grad})
+        seen[-1]["watched"] = model.base_model._gradient_of_E("default")
     for name in seen[0]:
         torch.testing.assert_close(seen[0][name], seen[1][name], rtol=1e-5, atol=1e-5)
 
@@ -377,6 +387,7 @@ def test_arming_again_replaces_what_was_not_used(model) -> None:
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_an_armed_gradient_survives_recomputation(model, use_reentrant: bool) -> None:
+    allocate(model)
     x = torch.randn(5, 6, requires_grad=True)
     results = []
     for run in (model, lambda y: torch.utils.checkpoint.checkpoint(model, y, use_reentrant=use_reentrant)):
@@ -387,6 +398,16 @@ def test_an_armed_gradient_survives_recomputation(model, use_reentrant: bool) ->
         _check_watched(model)
     for name in results[0]:
         torch.testing.assert_close(results[0][name], results[1][name], rtol=1e-5, atol=1e-5)
+
+
+def test_a_watched_gradient_is_summed_in_float32() -> None:
+    E, watched = torch.ones(3, dtype=torch.float16, requires_grad=True), {"a": None}
+    for _ in range(2):
+        (WatchGradient.apply(E, watched, "a") * torch.tensor([4e4, 1.0, -1.0]).half()).sum().backward()
+        E.grad = None
+    torch.testing.assert_close(watched["a"], torch.tensor([8e4, 2.0, -2.0]), rtol=1e-3, atol=0)
+    WatchGradient.apply(E, {}, "a").sum().backward()  # no longer watched
+    assert torch.equal(E.grad, torch.ones(3).half())
 
 
 def test_add_to_gradient_is_the_identity_and_consumes_once() -> None:

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
 import warnings
+import weakref
 from pathlib import Path
 
 import pytest
@@ -35,6 +37,30 @@ def spent(model: PeftModel, names: list[str]) -> int:
     """Parameters of the targeted modules without their biases, counted on the plain model."""
     modules = dict(model.get_base_model().named_modules())
     return sum(p.numel() for name in names for p in modules[name].parameters() if p.dim() == 2)
+
+
+@both_methods
+@pytest.mark.parametrize("loaded", [False, True])
+def test_the_weights_that_factors_replace_are_freed(
+    method: str, loaded: bool, llama: TinyModel, tmp_path: Path
+) -> None:
+    model = searched(method, llama, start="spectral")
+    search(model, llama, optimizer(model, method), 3)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a few steps may not reach the target
+        if loaded:
+            model.base_model.finalize(compact=False)
+            model.save_pretrained(tmp_path)
+            model = PeftModel.from_pretrained(llama.make_model(), tmp_path)
+        layers = dict(model.base_model.adapter_layers("default"))
+        dense = {name: weakref.ref(layer.base_layer.weight) for name, layer in layers.items()}
+        del layers
+        model.base_model.finalize()
+    gc.collect()
+    compact = get_rank_pattern(model)
+    assert compact and all(dense[name]() is None for name in compact)
+    # nor what the steps of a search need
+    assert not any(vars(model.base_model)[kept] for kept in ("_searching", "_noise", "_graphs", "_spectra"))
 
 
 @both_methods

@@ -9,8 +9,8 @@ import torch
 from peft_rank import L2LRCConfig
 from peft_rank.allocation.masks import keep_probability
 from peft_rank.allocation.parameters import break_even
+from peft_rank.tuners.search.functional import pad_rows
 from peft_rank.tuners.search.state import SearchState
-from peft_rank.tuners.search.training import pad_rows
 
 
 SHAPES = [(32, 32), (64, 32), (32, 64), (16, 32), (96, 48)]

@@ -8,9 +8,9 @@ from torch import Tensor, nn
 from ...allocation.masks import alignment_loss, compression_loss
 from ..lowrank.linear import LowRankLinear
 from ..search.factors import SearchFactors
+from ..search.functional import pad_rows
 from ..search.layer import SearchLayer
 from ..search.model import RankSearchModel
-from ..search.training import pad_rows
 from .config import AdaptiveRankSVDConfig
 from .hypernetwork import OUTPUT_SIZE, Hypernetwork, PerLayerHypernetwork, apply_heads
 

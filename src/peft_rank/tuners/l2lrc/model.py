@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from ...allocation.masks import bounded_compression_loss, keep_probability, straight_through, total_variation_loss
 from ..lowrank.linear import LowRankLinear
 from ..search.factors import SearchFactors
+from ..search.functional import pad_rows
 from ..search.layer import SearchLayer
 from ..search.model import RankSearchModel
 from ..search.state import SearchState
-from ..search.training import pad_rows
 from .config import L2LRCConfig
 from .distillation import Distillation
 

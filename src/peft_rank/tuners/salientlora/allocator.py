@@ -55,7 +55,8 @@ class RankAllocator:
         self._rows = 0
         self._window = torch.empty(0, sum(sizes))
         self._regularizer = torch.empty(0)
-        self._gradient: torch.Tensor | None = None  # (N,), absolute values, summed over the window
+        # (N,), absolute values, summed over the window; that of the last one until the next begins
+        self._gradient: torch.Tensor | None = None
 
     @property
     def target_total(self) -> int:
@@ -130,7 +131,8 @@ class RankAllocator:
         self._regularizer[self._rows] = regularizer
         if gradient is not None:
             gradient = gradient.abs().to(device)
-            self._gradient = gradient if self._gradient is None else self._gradient.add_(gradient)
+            begins = self._rows == 0 or self._gradient is None
+            self._gradient = gradient if begins else self._gradient.add_(gradient)
         self._rows += 1
         self.recorded += 1
 
@@ -149,6 +151,11 @@ class RankAllocator:
         """The decision to take after `step`: the last one whose time has come, if anything was recorded for it."""
         late = [decision for decision in self.pending if decision.step <= step]
         return late[-1] if late and self._rows else None
+
+    @property
+    def has_gradient(self) -> bool:
+        """Whether values can be weighed by their gradients."""
+        return self._gradient is not None
 
     def decide(self, decision: Decision) -> torch.Tensor:
         """(N,) bool on the CPU: the ranks to keep, of those that exist. Clears the window; the same on every process.
@@ -185,7 +192,7 @@ class RankAllocator:
         keep = keep.cpu().bool()
         self.alive &= keep
         self.decided_step = decision.step
-        self._rows, self._gradient = 0, None
+        self._rows = 0
         return keep
 
     def living(self) -> list[list[int]]:

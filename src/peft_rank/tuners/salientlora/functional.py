@@ -221,7 +221,7 @@ class MaskRanks(Function):
 
 
 class WatchGradient(Function):
-    """The identity, whose backward adds the gradient to `watched[key]`. Saves no tensors, as `MaskRanks`."""
+    """The identity, whose backward adds the gradient to `watched[key]`, in float32. Saves no tensors, as `MaskRanks`."""
 
     @staticmethod
     def forward(ctx: Any, E: torch.Tensor, watched: dict[str, torch.Tensor | None], key: str) -> torch.Tensor:
@@ -232,6 +232,6 @@ class WatchGradient(Function):
     @once_differentiable
     def backward(ctx: Any, grad_output: torch.Tensor):
         if ctx.key in ctx.watched:
-            before = ctx.watched[ctx.key]
-            ctx.watched[ctx.key] = grad_output if before is None else before + grad_output
+            before, gradient = ctx.watched[ctx.key], grad_output.float()
+            ctx.watched[ctx.key] = gradient if before is None else before + gradient
         return grad_output, None, None

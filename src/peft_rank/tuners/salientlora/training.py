@@ -34,6 +34,7 @@ class SalientLoRATraining(AdaptiveRankTuner):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         # injection, which the base class starts, needs it
         self._allocators: dict[str, RankAllocator] = {}
+        self._loss_scale = 1.0  # of the gradients that are watched
         super().__init__(*args, **kwargs)
         self._prepared_layers: list[SalientLoRALayer] = []
         self._hooks = (
@@ -118,7 +119,9 @@ class SalientLoRATraining(AdaptiveRankTuner):
     def arm_regularization(self, loss_scale: float = 1.0) -> None:
         for name in self._trained_adapters():
             layers = self.adapter_layers(name).values()
-            if self.peft_config[name].weighs_gradients and not self.allocator(name).finished:
+            allocator = self.allocator(name)
+            if self.peft_config[name].weighs_gradients and allocator.wants(allocator.last_step + 1):
+                self._loss_scale = loss_scale
                 for layer in layers:
                     layer._watched[name] = None
             regularization = self._regularization(name, loss_scale)
@@ -177,6 +180,7 @@ class SalientLoRATraining(AdaptiveRankTuner):
             decision = allocator.due(global_step)
             if decision is not None:
                 decided = True
+                self._warn_if_without_gradient(name)
                 self._prune(name, allocator.decide(decision))
                 if shrink == "each" or allocator.finished:
                     self._remove_pruned(name, optimizer)
@@ -222,7 +226,21 @@ class SalientLoRATraining(AdaptiveRankTuner):
         if watched and torch.distributed.is_available() and torch.distributed.is_initialized():
             # each process has seen its part of the batch
             torch.distributed.all_reduce(gradient)
-        return gradient
+        return gradient / self._loss_scale if watched else gradient
+
+    def _warn_if_without_gradient(self, adapter_name: str) -> None:
+        weighs = self.peft_config[adapter_name].weighs_gradients
+        # as long as B is 0 nothing has been trained
+        if (
+            weighs
+            and not self.allocator(adapter_name).has_gradient
+            and any(B.any() for B in self._factors(adapter_name)[1])
+        ):
+            warnings.warn(
+                f"The ranks of adapter {adapter_name!r} are compared by E alone, which says little where it starts at 1: there "
+                "was no gradient of E. Call `update_and_allocate` after `optimizer.step()` and before `optimizer.zero_grad()`.",
+                stacklevel=3,
+            )
 
     def _prune(self, adapter_name: str, keep: torch.Tensor) -> None:
         layers = self.adapter_layers(adapter_name).values()

@@ -156,3 +156,11 @@ def _product_of_kept(hidden: Tensor, factor: Tensor, rows: Tensor, kept: int) ->
     selected = in_dtype(factor.index_select(0, rows[:width]), hidden.dtype)
     selected[kept:] = 0
     return torch.mm(hidden[:, :width], selected)
+
+
+def pad_rows(rows: list[Tensor], value: float) -> Tensor:
+    """(k_i,) tensors as one (n, max k), filled up with `value`."""
+    size = max(len(row) for row in rows)
+    if any(len(row) < size for row in rows):
+        rows = [torch.nn.functional.pad(row, (0, size - len(row)), value=value) for row in rows]
+    return torch.stack(rows)

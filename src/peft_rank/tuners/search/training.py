@@ -22,7 +22,7 @@ from ..functional import AddToGradient, compute_dtype
 from ..lowrank.entry import record_compression
 from ..lowrank.final import settle_trained_modules
 from ..names import exact_pattern
-from .functional import SharedGraph, StepMask, needed_rows
+from .functional import SharedGraph, StepMask, needed_rows, pad_rows
 from .layer import SearchLayer
 from .state import SearchState, Selection
 
@@ -39,8 +39,7 @@ class RankSearchTraining(AdaptiveRankTuner):
         self._beside: list[str] = []
         # gradients of the regularizer with respect to the logits that the next backward adds, by adapter
         self._armed: dict[str, list[Tensor | None]] = {}
-        # layers in search, the logits of this step with their graph, its noise, and singular values: by adapter, with what
-        # they were made from
+        # layers in search, logits of this step with their graph, its noise, singular values: with what they were made from
         self._searching: dict[str, tuple[dict, dict[str, SearchLayer]]] = {}
         self._graphs: dict[str, tuple[tuple, Tensor]] = {}
         self._noise: dict[str, tuple[tuple, Tensor]] = {}
@@ -68,6 +67,7 @@ class RankSearchTraining(AdaptiveRankTuner):
     def _forget_masks(self, adapter_name: str) -> None:
         """Let go of the parameters of masks: the ranks are final."""
         self._searching.pop(adapter_name, None)
+        self._noise.pop(adapter_name, None)
         for layer in self.adapter_layers(adapter_name).values():
             for attribute in layer.adapter_layer_names:
                 masks = getattr(layer, attribute)
@@ -343,6 +343,7 @@ class RankSearchTraining(AdaptiveRankTuner):
             setattr(parent, child_name, layer.base_layer if layer.factors is None else layer.factors)
         self._beside = settle_trained_modules(self.model)
         self._layers.clear()
+        self._searching.clear()
         # a plain model, which another adapter may wrap
         self._hook.remove()
         if "peft_config" in vars(self.model):
@@ -396,11 +397,3 @@ class RankSearchTraining(AdaptiveRankTuner):
 def _stamp(tensors: list[Tensor]) -> tuple:
     """Changes whenever one of them does."""
     return tuple((id(tensor), tensor._version, tensor.requires_grad) for tensor in tensors)
-
-
-def pad_rows(rows: list[Tensor], value: float) -> Tensor:
-    """(k_i,) tensors as one (n, max k), filled up with `value`."""
-    size = max(len(row) for row in rows)
-    if any(len(row) < size for row in rows):
-        rows = [nn.functional.pad(row, (0, size - len(row)), value=value) for row in rows]
-    return torch.stack(rows)
