@@ -257,10 +257,8 @@ class StackedTraining:
             for layer in tuner.adapter_layers(ADAPTER).values():
                 layer.salientlora_mask[ADAPTER] = next(masks)
 
-            weighs = self.configs[k].weighs_gradients
-
-            def record(name: str, k: int = k, weighs: bool = weighs) -> None:
-                gradient = self.gradients[k] if weighs else None
+            def record(name: str, k: int = k) -> None:
+                gradient = self.gradients[k] if self.configs[k].weighs_gradients else None
                 self.tuners[k].allocator(name).record([self.values[k]], self.regularizers[k], gradient)
 
             tuner._record = record

@@ -86,12 +86,16 @@ class AdaptiveRankTuner(BaseTuner):
         super().__init__(*args, **kwargs)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        self._layers.clear()
+        self._forget_layers()
         self.peft_config[adapter_name].forget_ranks()
         super().inject_adapter(model, adapter_name, *args, **kwargs)
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
+        self._forget_layers()
+
+    def _forget_layers(self) -> None:
+        """Look for them again: they are others now, or of other kinds."""
         self._layers.clear()
 
     def adapter_layers(self, adapter_name: str) -> dict[str, RankLayer]:

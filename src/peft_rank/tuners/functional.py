@@ -17,6 +17,11 @@ def compute_dtype(x: torch.Tensor) -> torch.dtype:
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
+def round_up(count: int, multiple: int) -> int:
+    """The next multiple that is not below."""
+    return -(-count // multiple) * multiple
+
+
 def in_dtype(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The tensor in that dtype; asking first is faster than a cast that does nothing."""
     return tensor if tensor.dtype == dtype else tensor.to(dtype)

@@ -22,6 +22,11 @@ if _AVAILABLE:
     ROWS = (Shard(0),)
 
 
+def is_distributed() -> bool:
+    """Whether this process is one of a group."""
+    return _AVAILABLE and dist.is_initialized()
+
+
 def is_sharded(tensor: torch.Tensor) -> bool:
     """Whether every process holds some rows of the tensor only.
 

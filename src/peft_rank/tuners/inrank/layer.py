@@ -18,6 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from peft_rank.decomposition.product import Truncation, product_spectrum, truncate_product
 
 from ..additive import AdditiveLayer
+from ..functional import round_up
 from ..growing import rotated, widened
 from ..lowrank.linear import LowRankLinear
 from ..shrinking import Replacement
@@ -25,10 +26,6 @@ from .config import InRankConfig
 
 
 STATE_NUMEL = 4  # rank, and the three steps of the clock
-
-
-def round_up(rank: int, multiple: int) -> int:
-    return -(-rank // multiple) * multiple
 
 
 def _limit(rank: int, smaller: int, config: InRankConfig) -> int:

@@ -35,6 +35,7 @@ from ..growing import (
 from ..lowrank.entry import record_compression
 from ..lowrank.linear import LowRankLinear
 from ..names import exact_pattern
+from ..sharding import is_distributed
 from ..shrinking import Replacement, replace_parameters, unwrap_optimizer
 from .layer import InRankFactors, InRankLinear
 
@@ -318,7 +319,7 @@ class InRankTraining(AdaptiveRankTuner):
                 parent, _, child = name.rpartition(".")
                 plain = wrapper.unload_and_optionally_merge_module(merge=True, safe_merge=False, adapter_names=None)
                 setattr(self.model.get_submodule(parent), child, plain)
-        self._layers.clear()
+        self._forget_layers()
         # a plain model, which another adapter may wrap
         if "peft_config" in vars(self.model):
             del self.model.peft_config
@@ -372,5 +373,5 @@ def rank_pattern(layers: Mapping[str, InRankLinear], adapter_name: str) -> dict[
 
 
 def _from_first_process(tensor: torch.Tensor) -> None:
-    if distributed.is_available() and distributed.is_initialized():
+    if is_distributed():
         distributed.broadcast(tensor, src=0)

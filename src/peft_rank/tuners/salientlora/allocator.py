@@ -17,6 +17,7 @@ from peft_rank.allocation.salience import salience_scores
 from peft_rank.allocation.schedule import AllocationSchedule, Decision
 
 from ..packing import pack_state, read_state
+from ..sharding import is_distributed
 from .config import SalientLoRAConfig
 
 
@@ -185,7 +186,7 @@ class RankAllocator:
         keep = keep_top(
             scores, decision.budget, self.sizes, alive=alive, min_r=config.min_r, reference=config.reference
         )
-        if torch.distributed.is_available() and torch.distributed.is_initialized():
+        if is_distributed():
             # equal inputs may still be summed in another order elsewhere
             keep = keep.to(torch.uint8)
             torch.distributed.broadcast(keep, src=0)

@@ -14,7 +14,7 @@ from torch.autograd.function import FunctionCtx, once_differentiable
 
 from peft_rank.orthogonality import join_ranks
 
-from ..functional import in_dtype, without_autocast
+from ..functional import in_dtype, round_up, without_autocast
 
 
 # a product of half-precision matrices can be stored in float32 without a second pass
@@ -54,7 +54,7 @@ def prepare_updates(factors: Sequence[Factors], scalings: Sequence[float], dtype
     """
     copied = [B.dtype != dtype for _, _, B in factors]
     multiples = [_ALIGNMENT if copy and dtype.itemsize == 2 else 1 for copy in copied]
-    widths = [-(-len(E) // multiple) * multiple for (_, E, _), multiple in zip(factors, multiples, strict=True)]
+    widths = [round_up(len(E), multiple) for (_, E, _), multiple in zip(factors, multiples, strict=True)]
     ups = [B.detach().t() for _, _, B in factors]
     keys = [(B.shape[0], B.device, B.dtype) if copy else None for (_, _, B), copy in zip(factors, copied, strict=True)]
     for chunk in _chunks(keys, widths):

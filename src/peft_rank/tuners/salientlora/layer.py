@@ -17,6 +17,7 @@ from torch import nn
 
 from ..additive import AdditiveLayer
 from ..functional import AddToGradient, compute_dtype
+from ..sharding import is_distributed
 from ..shrinking import narrow
 from .config import SalientLoRAConfig
 from .functional import (
@@ -293,9 +294,8 @@ class SalientLoRALinear(nn.Module, SalientLoRALayer):
 
     def _touch_empty(self, result: torch.Tensor, adapter_name: str) -> torch.Tensor:
         """`result`, with the empty factors in its graph where data-parallel training waits for every gradient."""
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         # ZeRO-3 does not wait, and cannot gather an empty parameter
-        if not distributed or check_deepspeed_zero3_enabled():
+        if not is_distributed() or check_deepspeed_zero3_enabled():
             return result
         A, E, B = self.salientlora_A[adapter_name], self.salientlora_E[adapter_name], self.salientlora_B[adapter_name]
         return result + (A.sum() + E.sum() + B.sum()).to(result.dtype)

@@ -18,7 +18,7 @@ from transformers.trainer_pt_utils import get_model_param_count
 from peft_rank.orthogonality import orthogonality, orthogonality_gradient
 
 from ..adaptive import AdaptiveRankTuner, ShrinkPolicy, add_to_gradients, check_step
-from ..sharding import gather, in_full_precision, is_sharded
+from ..sharding import gather, in_full_precision, is_distributed, is_sharded
 from ..shrinking import can_slice_state, swap_parameters, unwrap_optimizer
 from .allocator import RankAllocator
 from .checkpoint import exact_rank_pattern
@@ -203,30 +203,30 @@ class SalientLoRATraining(AdaptiveRankTuner):
         down, up, alive = self._factors(adapter_name)
         values = gather(in_full_precision(self._stored(adapter_name)[1]))
         values = [E if mask is None else E * mask.to(E) for E, mask in zip(values, alive, strict=True)]
-        self.allocator(adapter_name).record(values, orthogonality(down, up, alive), self._gradient_of_E(adapter_name))
+        gradient = (
+            self._gradient_of_E(adapter_name, values) if self.peft_config[adapter_name].weighs_gradients else None
+        )
+        self.allocator(adapter_name).record(values, orthogonality(down, up, alive), gradient)
 
-    def _gradient_of_E(self, adapter_name: str) -> torch.Tensor | None:
-        """(N,) float32, of the step; None where E says it all, or gradients are gone, as after `zero_grad`."""
-        if not self.peft_config[adapter_name].weighs_gradients:
-            return None
+    def _gradient_of_E(self, adapter_name: str, values: list[torch.Tensor]) -> torch.Tensor | None:
+        """(N,) float32, of the step, for the values of E; None where gradients are gone, as after `zero_grad`."""
         layers = list(self.adapter_layers(adapter_name).values())
-        parameters = [layer.stored(adapter_name).E for layer in layers]
         watched = adapter_name in layers[0]._watched
-        found = [layer._watched.pop(adapter_name) for layer in layers] if watched else [E.grad for E in parameters]
-        held = gather([gradient for gradient in found if gradient is not None])
-        if not held and not watched:
-            return None
-        device = held[0].device if held else parameters[0].device
-        rest = iter(held)
-        parts = [
-            torch.zeros(layer.width(adapter_name)) if gradient is None else next(rest)
-            for layer, gradient in zip(layers, found, strict=True)
-        ]
-        gradient = torch.cat([part.to(device, torch.float32) for part in parts])
-        if watched and torch.distributed.is_available() and torch.distributed.is_initialized():
+        if watched:
+            found = [layer._watched.pop(adapter_name) for layer in layers]
+        else:
+            found = [E.grad for E in self._stored(adapter_name)[1]]
+            if all(gradient is None for gradient in found):
+                return None
+        pairs = zip(found, values, strict=True)
+        parts = gather([torch.zeros_like(E) if gradient is None else gradient for gradient, E in pairs])
+        gradient = torch.cat([part.to(values[0].device, torch.float32) for part in parts])
+        if not watched:
+            return gradient
+        if is_distributed():
             # each process has seen its part of the batch
             torch.distributed.all_reduce(gradient)
-        return gradient / self._loss_scale if watched else gradient
+        return gradient / self._loss_scale
 
     def _warn_if_without_gradient(self, adapter_name: str) -> None:
         weighs = self.peft_config[adapter_name].weighs_gradients
@@ -394,5 +394,4 @@ class SalientLoRATraining(AdaptiveRankTuner):
 
 
 def _is_data_parallel() -> bool:
-    distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-    return distributed and torch.distributed.get_world_size() > 1
+    return is_distributed() and torch.distributed.get_world_size() > 1

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-from ..functional import compute_dtype, in_dtype, without_autocast
+from ..functional import compute_dtype, in_dtype, round_up, without_autocast
 
 
 SLOPE_THRESHOLD = 2.0**-10
@@ -53,17 +53,13 @@ def needed_rows(soft: Tensor, hard: Tensor, sizes: list[int]) -> list[tuple[Tens
         needed = inside | (soft * (1 - soft) > SLOPE_THRESHOLD / 4)
         # one wait for the device in a step
         kept, counts = torch.stack([inside.sum(1), needed.sum(1)]).tolist()
-        widths = [_padded(n) for n in counts]
+        widths = [round_up(n, ROW_MULTIPLE) for n in counts]
         compact = [width < COMPACT_BELOW * size for width, size in zip(widths, sizes, strict=True)]
         if not any(compact):
             return [(None, 0)] * len(sizes)
         # stable: behind the needed ranks come those of the module, and only then its padding
         order = torch.argsort(inside.to(torch.uint8) + needed.to(torch.uint8), dim=1, descending=True, stable=True)
         return [(order[i, : widths[i]], kept[i]) if pays else (None, 0) for i, pays in enumerate(compact)]
-
-
-def _padded(count: int) -> int:
-    return -(-count // ROW_MULTIPLE) * ROW_MULTIPLE
 
 
 class SharedGraph(Function):
@@ -152,7 +148,7 @@ def _product(hidden: Tensor, mask: Tensor, factor: Tensor) -> Tensor:
 
 def _product_of_kept(hidden: Tensor, factor: Tensor, rows: Tensor, kept: int) -> Tensor:
     """hidden[:, :kept] @ factor[rows[:kept]] for hidden (tokens, n) and rows (n,), over a padded number of rows."""
-    width = _padded(kept)
+    width = round_up(kept, ROW_MULTIPLE)
     selected = in_dtype(factor.index_select(0, rows[:width]), hidden.dtype)
     selected[kept:] = 0
     return torch.mm(hidden[:, :width], selected)

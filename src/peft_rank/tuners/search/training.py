@@ -39,8 +39,8 @@ class RankSearchTraining(AdaptiveRankTuner):
         self._beside: list[str] = []
         # gradients of the regularizer with respect to the logits that the next backward adds, by adapter
         self._armed: dict[str, list[Tensor | None]] = {}
-        # layers in search, logits of this step with their graph, its noise, singular values: with what they were made from
-        self._searching: dict[str, tuple[dict, dict[str, SearchLayer]]] = {}
+        self._searching: dict[str, dict[str, SearchLayer]] = {}
+        # logits of this step with their graph, its noise, singular values: with what they were made from
         self._graphs: dict[str, tuple[tuple, Tensor]] = {}
         self._noise: dict[str, tuple[tuple, Tensor]] = {}
         self._spectra: dict[str, tuple[tuple, Tensor]] = {}
@@ -66,8 +66,8 @@ class RankSearchTraining(AdaptiveRankTuner):
 
     def _forget_masks(self, adapter_name: str) -> None:
         """Let go of the parameters of masks: the ranks are final."""
-        self._searching.pop(adapter_name, None)
-        self._noise.pop(adapter_name, None)
+        for kept in (self._searching, self._graphs, self._noise, self._spectra):
+            kept.pop(adapter_name, None)
         for layer in self.adapter_layers(adapter_name).values():
             for attribute in layer.adapter_layer_names:
                 masks = getattr(layer, attribute)
@@ -76,10 +76,14 @@ class RankSearchTraining(AdaptiveRankTuner):
 
     def searching_layers(self, adapter_name: str) -> dict[str, SearchLayer]:
         """The layers whose ranks are not final, by module name in the base model."""
-        layers = self.adapter_layers(adapter_name)
-        if adapter_name not in self._searching or self._searching[adapter_name][0] is not layers:
-            self._searching[adapter_name] = layers, {name: layer for name, layer in layers.items() if layer.searching}
-        return self._searching[adapter_name][1]
+        if adapter_name not in self._searching:
+            layers = self.adapter_layers(adapter_name).items()
+            self._searching[adapter_name] = {name: layer for name, layer in layers if layer.searching}
+        return self._searching[adapter_name]
+
+    def _forget_layers(self) -> None:
+        super()._forget_layers()
+        self._searching.clear()
 
     def singular_values(self, adapter_name: str) -> Tensor:
         """(modules, K), padded with 0, scaled to a sum of squares of 1 in each module."""
@@ -99,7 +103,7 @@ class RankSearchTraining(AdaptiveRankTuner):
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
-        for kept in (self._states, self._searching, self._graphs, self._noise, self._spectra):
+        for kept in (self._states, self._graphs, self._noise, self._spectra):
             kept.pop(adapter_name, None)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
@@ -168,9 +172,9 @@ class RankSearchTraining(AdaptiveRankTuner):
             self._noise[name] = stamp, uniform_noise(*stamp)
         return gumbel_mask(logits, self._noise[name][1], self.peft_config[name].tau)
 
-    def _logits(self, name: str, parameters: list[nn.Parameter]) -> Tensor:
+    def _logits(self, name: str) -> Tensor:
         """`mask_logits`, made once for each optimizer step: all micro-batches and the regularizers share its graph."""
-        stamp = _stamp(parameters)
+        stamp = _stamp(self.mask_parameters(name))
         if self._graphs.get(name, (None,))[0] != stamp:
             with torch.enable_grad():
                 self._graphs[name] = stamp, self.mask_logits(name)
@@ -178,8 +182,7 @@ class RankSearchTraining(AdaptiveRankTuner):
 
     def _shared_logits(self, name: str) -> Tensor:
         """The same, to go backward from."""
-        parameters = self.mask_parameters(name)
-        return SharedGraph.apply([self._logits(name, parameters)], *(p for p in parameters if p.requires_grad))
+        return SharedGraph.apply([self._logits(name)], *(p for p in self.mask_parameters(name) if p.requires_grad))
 
     @torch.no_grad()
     def _select_ranks(self) -> None:
@@ -227,7 +230,7 @@ class RankSearchTraining(AdaptiveRankTuner):
 
     def _regularizer_gradient(self, name: str) -> tuple[Tensor, Tensor]:
         """The logits of the step with their graph, and the gradient of the regularizer with respect to them."""
-        logits = self._logits(name, self.mask_parameters(name))
+        logits = self._logits(name)
         leaf = logits.detach().requires_grad_()
         loss = self.regularizer(name, leaf, self._draw(name, leaf)[1])
         return logits, torch.autograd.grad(loss, leaf)[0]
@@ -256,7 +259,7 @@ class RankSearchTraining(AdaptiveRankTuner):
                 continue
             self._check_schedule(name)
             self._graphs.pop(name, None)  # engines change parameters without a trace
-            reached = state.record(self._logits(name, self.mask_parameters(name)), global_step)
+            reached = state.record(self._logits(name), global_step)
             if reached is not None:
                 decided = True
                 self._write_snapshot(name, reached)
@@ -301,8 +304,6 @@ class RankSearchTraining(AdaptiveRankTuner):
             for layer, ranks in zip(self.searching_layers(name).values(), selection, strict=True):
                 layer.end_search(None if ranks is None else layer.factors.select(ranks, layer.base_layer.bias))
             del self._states[name]
-            self._graphs.clear()
-            self._spectra.clear()
             self._forget_masks(name)
         for name in [name for name in self.peft_config if name not in self._compact]:
             self.peft_config[name].write_ranks(
@@ -342,8 +343,7 @@ class RankSearchTraining(AdaptiveRankTuner):
                 layer.factors.requires_grad_(self.peft_config[name].train_factors).train(layer.training)
             setattr(parent, child_name, layer.base_layer if layer.factors is None else layer.factors)
         self._beside = settle_trained_modules(self.model)
-        self._layers.clear()
-        self._searching.clear()
+        self._forget_layers()
         # a plain model, which another adapter may wrap
         self._hook.remove()
         if "peft_config" in vars(self.model):
@@ -376,7 +376,7 @@ class RankSearchTraining(AdaptiveRankTuner):
             if name not in self._states:
                 ranks = [module.rank for module in self._linears(name).values()]
                 return {"rank/total": sum(ranks), "rank/mean": sum(ranks) / max(1, len(ranks)), **summary}
-            state, logits = self._states[name], self._logits(name, self.mask_parameters(name))
+            state, logits = self._states[name], self._logits(name)
             likely = state.likely(logits)
             selection = state.choose(logits, state.target)
             kept = [size if ranks is None else len(ranks) for size, ranks in zip(state.sizes, selection, strict=True)]
