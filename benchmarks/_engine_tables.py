@@ -7,6 +7,7 @@ from typing import Any
 
 
 NAMES = {"single": "one process", "ddp": "DDP", "fsdp2": "FSDP2", **{f"zero{i}": f"ZeRO-{i}" for i in (1, 2, 3)}}
+PARTS = ["milliseconds", "regularizer_ms", "recording_ms", "decision_ms"]
 Cells = tuple[list[str], list[list[Any]]]
 
 
@@ -18,10 +19,10 @@ def several_gpus(result: dict[str, Any]) -> Cells:
         line = [NAMES[row["engine"]], found["agreement"].get("ranks_elsewhere", "failed")]
         for name in ("allocation", "fixed"):
             line += [found[name].get("tokens_per_second", ""), found[name].get("peak_gib") or ""]
-        shares = (found["allocation"].get(f"{part}_share") for part in ("allocation", "regularizer"))
-        lines.append([*line, *("" if share is None else f"{100 * share:.2f}" for share in shares)])
+        parts = (found["allocation"].get(part, "") for part in PARTS)
+        lines.append([*line, *parts])
     columns = ["engine", "ranks elsewhere", "tokens/s", "peak GiB a GPU", "tokens/s, fixed ranks", "peak GiB, fixed"]
-    return [*columns, "allocation, %", "regularizer, %"], lines
+    return [*columns, "a step, ms", "regularizer", "recording", "a decision"], lines
 
 
 def quantized_bases(result: dict[str, Any]) -> Cells:
@@ -35,8 +36,9 @@ ENGINES = {
         "Several GPUs",
         (
             "HF Trainer, LLaMA-{shape} shape, random weights, {batch} x {length} tokens a step on {processes} GPUs together (one "
-            "process: one GPU). Ranks elsewhere than with one process in fp32, on four blocks; all else in bfloat16. Shares of the time of a "
-            "step, waiting for the device before and after: upper bounds."
+            "process: one GPU). Ranks elsewhere than with one process in fp32, on four blocks; all else in bfloat16. Milliseconds of a "
+            "step while it allocates, and in other steps of the regularizer, of recording and of the longest decision, waiting for the "
+            "device before and after: upper bounds."
         ),
         several_gpus,
     ),

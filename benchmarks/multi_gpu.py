@@ -7,8 +7,8 @@
 
 Every engine gets processes of its own and three trainings by the HF Trainer, with random weights and the same global batch:
 - agreement: fp32, four blocks; the final ranks have to be those of one process (`single`, which must come first);
-- allocation: bf16, the whole shape; time, memory, and the shares of the time that recording, deciding and pruning take
-  (`allocation`) and the regularizer's gradient (`regularizer`), waiting for the device before and after each (upper bounds:
+- allocation: bf16, the whole shape; time and memory while it allocates, and then, in other steps, what the regularizer's
+  gradient takes, recording a step, and the longest decision, waiting for the device before and after each (upper bounds:
   they cannot overlap with anything then);
 - fixed: the same without callback, all ranks kept and no regularizer.
 
@@ -27,7 +27,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +56,8 @@ FSDP2 = {
     "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
 }
-STEPS, FIRST = 40, 8  # steps of a training; those that are not timed
+STEPS = 40  # of a training
+FREE, WATCHED = range(8, 20), range(20, 34)  # those that are timed, and those whose parts are, up to the last decision
 
 
 class Texts(Dataset):
@@ -84,30 +85,44 @@ class Clock(TrainerCallback):
         synchronize()
         self.ends.append(time.perf_counter())
 
-    def step_seconds(self) -> list[float]:
-        return [after - before for before, after in zip(self.ends[FIRST - 1 :], self.ends[FIRST:], strict=False)]
+    def milliseconds(self) -> float:
+        """Of a step."""
+        return 1e3 * statistics.median(self.ends[i] - self.ends[i - 1] for i in FREE)
 
 
 class TimedAllocation(RankAllocationCallback):
-    """The callback, and the time that its parts take from the first timed step to the last."""
+    """The callback, and what its parts take in the steps that are watched."""
 
     def __init__(self) -> None:
         super().__init__(log=False)
-        self.seconds: Counter[str] = Counter()
+        self.taken: defaultdict[str, list[float]] = defaultdict(list)
 
     def _timed(self, part: str, event: str, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.global_step not in WATCHED:
+            getattr(super(), event)(args, state, control, **kwargs)
+            return
         synchronize()
         start = time.perf_counter()
         getattr(super(), event)(args, state, control, **kwargs)
         synchronize()
-        if state.global_step >= FIRST:
-            self.seconds[part] += time.perf_counter() - start
+        self.taken[part].append(1e3 * (time.perf_counter() - start))
+
+    def milliseconds(self) -> dict[str, float]:
+        if not self.taken:
+            return {}
+        parts = {
+            # one of the two does nothing
+            "regularizer_ms": sum(statistics.median(self.taken[part]) for part in ("before", "after")),
+            "recording_ms": statistics.median(self.taken["allocation"]),
+            "decision_ms": max(self.taken["allocation"]),
+        }
+        return {name: round(value, 2) for name, value in parts.items()}
 
     def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
-        self._timed("regularizer", "on_step_begin", *args, **kwargs)
+        self._timed("before", "on_step_begin", *args, **kwargs)
 
     def on_pre_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        self._timed("regularizer", "on_pre_optimizer_step", *args, **kwargs)
+        self._timed("after", "on_pre_optimizer_step", *args, **kwargs)
 
     def on_optimizer_step(self, *args: Any, **kwargs: Any) -> None:
         self._timed("allocation", "on_optimizer_step", *args, **kwargs)
@@ -179,14 +194,14 @@ def train(args: argparse.Namespace, folder: str, agreement: bool, allocate: bool
     if cuda:
         torch.cuda.reset_peak_memory_stats()
     trainer.train()
-    steps = clock.step_seconds()
+    milliseconds = clock.milliseconds()
     return {
         "engine": type(trainer.model_wrapped).__name__,
         "processes": processes,
         "ranks": list(get_rank_pattern(model).values()),
-        "milliseconds": round(1e3 * statistics.median(steps), 2),
-        "tokens_per_second": round(args.batch * length / statistics.median(steps)),
-        **{f"{part}_share": round(seconds / sum(steps), 5) for part, seconds in allocation.seconds.items()},
+        "milliseconds": round(milliseconds, 2),
+        "tokens_per_second": round(1e3 * args.batch * length / milliseconds),
+        **allocation.milliseconds(),
         "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 3) if cuda else None,
     }
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import argparse
 import gc
 import logging
-import statistics
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -119,7 +118,7 @@ def measure(args: argparse.Namespace, kind: str, folder: Path) -> dict[str, Any]
         task_type="CAUSAL_LM",
     )
     model = get_peft_model(load_base(args, kind), config)
-    steps = train(model, args, folder).step_seconds()
+    milliseconds = train(model, args, folder).milliseconds()
     peak = torch.cuda.max_memory_allocated() / 2**30 if cuda else None
     ranks = get_rank_pattern(model)
     trained = logits(model, args)
@@ -135,7 +134,7 @@ def measure(args: argparse.Namespace, kind: str, folder: Path) -> dict[str, Any]
     return {
         "base": kind,
         "layer": type(next(m for n, m in load_base(args, kind).named_modules() if n in ranks)).__name__,
-        "milliseconds": round(1e3 * statistics.median(steps), 2),
+        "milliseconds": round(milliseconds, 2),
         "peak_gib": None if peak is None else round(peak, 3),
         "modules": len(ranks),
         "total_rank": sum(ranks.values()),
