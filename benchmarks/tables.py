@@ -14,7 +14,7 @@ from typing import Any
 from _common import RESULTS, STEP_OPTIONS
 from _engine_tables import ENGINES
 from _pretraining_tables import sections
-from _quality_tables import best, grid, read_study
+from _quality_tables import best, epochs, grid, read_study
 
 
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
@@ -172,6 +172,12 @@ def quality() -> list[str]:
             parts += [table(head, lines), "### The grid\n"]
             head, *lines = grid(runs, digits)
             parts += [table(head, lines)]
+    path = RESULTS / "instruct_run.json"
+    if path.exists():
+        result = json.loads(path.read_text())
+        head, *lines = epochs(result)
+        note = f"`examples/instruct`, `configs/smollm2-135m.yaml`, once, {result['runs'][0]['seconds']:.0f} s.\n"
+        parts += ["### The example's own run\n", note, origin(result), table(head, lines)]
     return parts
 
 

@@ -39,12 +39,11 @@ def test_trainings_of_an_engine(engines: ModuleType, tmp_path: Path) -> None:
         "fixed": 4 * MODULES,
     }
     assert row["agreement"]["ranks_elsewhere"] == 0
-    shares = {
-        name: {key for key in row[name] if key.endswith("_share")} for name in row if isinstance(row[name], dict)
-    }
-    both = {"allocation_share", "regularizer_share"}
-    assert shares == {"agreement": both, "allocation": both, "fixed": set()}
-    assert all(0 < row["allocation"][share] < 1 for share in both)
+    parts = {name: {key for key in row[name] if key.endswith("_ms")} for name in row if isinstance(row[name], dict)}
+    timed = {"regularizer_ms", "recording_ms", "decision_ms"}
+    assert parts == {"agreement": timed, "allocation": timed, "fixed": set()}
+    assert all(row["allocation"][part] > 0 for part in timed)
+    assert row["allocation"]["recording_ms"] <= row["allocation"]["decision_ms"]
     for name in ("agreement", "allocation", "fixed"):
         tokens = 2 * (4 if name == "agreement" else 16)
         seconds = row[name]["milliseconds"] / 1e3
@@ -79,14 +78,15 @@ def test_tables_show_what_was_measured(engines: ModuleType, tmp_path: Path, monk
     assert tables.engines() == []
     settings = {name: getattr(engines.parse(SMALL), name) for name in (*engines.SETTINGS, "processes")}
     results = engines.Results(tmp_path / "multi_gpu.json", ("engine",), **settings)
-    allocation = {"tokens_per_second": 900, "peak_gib": 1.5, "allocation_share": 0.0012, "regularizer_share": 0.02}
+    parts = {"milliseconds": 40.5, "regularizer_ms": 1.5, "recording_ms": 0.25, "decision_ms": 9.0}
+    allocation = {"tokens_per_second": 900, "peak_gib": 1.5, **parts}
     measured = {"agreement": {"ranks_elsewhere": 0}, "allocation": allocation, "fixed": {"tokens_per_second": 950}}
     results.add({"engine": "zero2", **measured})
     results.add({"engine": "fsdp2", "error": "MemoryError"})
     page = "\n".join(tables.engines())
     assert "LLaMA-tiny shape, random weights, 2 x 16 tokens a step on 2 GPUs" in page
-    assert "| ZeRO-2 | 0 | 900 | 1.5 | 950 |  | 0.12 | 2.00 |" in page
-    assert "| FSDP2 | failed |  |  |  |  |  |  |" in page
+    assert "| ZeRO-2 | 0 | 900 | 1.5 | 950 |  | 40.5 | 1.5 | 0.25 | 9.0 |" in page
+    assert "| FSDP2 | failed |  |  |  |  |  |  |  |  |" in page
 
 
 def test_an_engine_that_hangs_is_told_to_end(engines: ModuleType) -> None:
