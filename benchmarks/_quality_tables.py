@@ -81,7 +81,9 @@ def epochs(result: dict[str, Any]) -> list[list[str]]:
     """The evaluations of an example's `results.json`, and what the adapter was at the end."""
     (run,) = result["runs"]
     parameters = run["trainable_parameters"]
-    lines = [[row["step"], f"{row['loss']:.4f}", f"{row['mean_token_accuracy']:.4f}", "", ""] for row in run["history"]]
+    lines = [
+        [row["step"], f"{row['loss']:.4f}", f"{row['mean_token_accuracy']:.4f}", "", ""] for row in run["history"]
+    ]
     lines = list({line[0]: line for line in lines}.values())  # the last one is evaluated twice
     lines[-1][3:] = [run["total_rank"], f"{parameters['end']:,} of {parameters['start']:,}"]
     return [["step", "validation loss", "token accuracy", "total rank", "parameters"], *lines]

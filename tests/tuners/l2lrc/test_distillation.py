@@ -4,6 +4,9 @@
 from __future__ import annotations
 
 import copy
+import gc
+import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -198,3 +201,59 @@ def test_distillation_needs_a_model_with_a_backbone() -> None:
         match="`distillation_weight=1.0` needs a transformers model, got Sequential.*`distillation_weight=0`",
     ):
         get_peft_model(nn.Sequential(nn.Linear(8, 8)), L2LRCConfig(target_modules=["0"]))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("name", ["bert", "llama"])
+def test_the_count_of_labels_does_not_weigh_the_distance(name: str, masked: bool) -> None:
+    """Of a classifier there is one a text, of an instruction those of the answer: distances are means over tokens."""
+    tiny = TINY_MODELS[name]
+    one = searched("l2lrc", tiny, init_logits=(2.0, -1.0), pretraining_weight=0.0)
+    other = copy.deepcopy(one)
+    batch = tiny.make_batch(4)
+    if masked and batch["labels"].dim() == 2:
+        batch["labels"][:, :5] = -100
+    one(**batch).loss.backward()
+    other(**batch, num_items_in_batch=(batch["labels"] != -100).sum()).loss.backward()
+    for a, b in zip(_gradients(one), _gradients(other), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-8)
+
+
+def test_outputs_without_names_are_scaled_like_the_loss(llama: TinyModel) -> None:
+    one = searched("l2lrc", llama, init_logits=(2.0, -1.0))
+    other = copy.deepcopy(one)
+    (one(**llama.make_batch(4)).loss * 64).backward()
+    (other(**llama.make_batch(4), return_dict=False)[0] * 64).backward()
+    for a, b in zip(_gradients(one), _gradients(other), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_a_users_own_loss_is_told_what_it_gets(llama: TinyModel) -> None:
+    model = searched("l2lrc", llama)
+    batch = llama.make_batch(2)
+    labels = batch.pop("labels")
+    with pytest.warns(UserWarning, match="not the model's own.*adds the whole distillation"):
+        model(**batch).logits[labels != -100].mean().backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model(**batch).logits[labels != -100].mean().backward()
+
+
+def test_a_batch_that_fails_does_not_end_the_search(llama: TinyModel) -> None:
+    """As when the Trainer looks for a batch that fits into memory."""
+    model, other = searched("l2lrc", llama), searched("l2lrc", llama)
+    with pytest.raises(IndexError):
+        model(input_ids=torch.tensor([[10**6]]), labels=torch.tensor([[0]]))
+    steps = optimizer(model, "l2lrc"), optimizer(other, "l2lrc")
+    assert search(model, llama, steps[0], 3) == search(other, llama, steps[1], 3)
+
+
+def test_an_unloaded_model_keeps_nothing_of_the_search(llama: TinyModel) -> None:
+    model = searched("l2lrc", llama)
+    search(model, llama, optimizer(model, "l2lrc"), 2)
+    factors = weakref.ref(next(iter(model.base_model.searching_layers("default").values())).factors)
+    plain = model.unload()
+    del model
+    gc.collect()
+    assert factors() is None
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in plain.modules())

@@ -8,6 +8,7 @@ import gc
 import math
 import warnings
 import weakref
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -534,15 +535,116 @@ def test_a_search_that_was_cut_short_says_so(method: str, llama: TinyModel) -> N
 
 
 @both_methods
+def test_what_is_evaluated_is_what_finalize_leaves_at_the_smallest_ratio(method: str, llama: TinyModel) -> None:
+    model = searched(method, llama, target_ratio=[0.9, 0.8, 0.4])
+    search(model, llama, optimizer(model, method), 1)
+    evaluated = outputs(model, llama)
+    with pytest.warns(UserWarning, match="before it reached 0.4"):
+        model.base_model.finalize()
+    torch.testing.assert_close(outputs(model, llama), evaluated, rtol=0, atol=1e-6)
+
+
+@both_methods
+def test_a_model_that_is_cast_between_steps_goes_on(method: str, llama: TinyModel) -> None:
+    model = searched(method, llama)
+    steps = optimizer(model, method)
+    search(model, llama, steps, 2)
+    model.double().float()
+    search(model, llama, steps, 2, first=3)
+    assert model.base_model._states["default"].recorded == 4
+
+
+@pytest.mark.parametrize("method", ["ars", "ars-per-layer", "l2lrc"])
+def test_a_half_precision_search_loads_from_the_meta_device(method: str, llama: TinyModel, tmp_path: Path) -> None:
+    model = get_peft_model(llama.make_model().bfloat16(), config(method, llama))
+    search(model, llama, optimizer(model, method), 2)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(
+        llama.make_model().bfloat16(), tmp_path, is_trainable=True, low_cpu_mem_usage=True
+    )
+    search(loaded, llama, optimizer(loaded, method), 1, first=3)
+    assert loaded.base_model._states["default"].step == 3
+
+
+@both_methods
+def test_an_encoder_called_by_itself_follows_a_loaded_search(method: str, tmp_path: Path) -> None:
+    tiny = TINY_MODELS["bart"]
+    model = searched(method, tiny)
+    search(model, tiny, optimizer(model, method), 6)
+    model.save_pretrained(tmp_path)
+    other = searched(method, tiny)
+    search(other, tiny, optimizer(other, method), 1)
+    outputs(other, tiny)
+    other.load_adapter(tmp_path, "default", is_trainable=True)
+    ids = tiny.make_batch(2)["input_ids"]
+    model.eval(), other.eval()
+    with torch.no_grad():
+        outputs(model, tiny)
+        expected = model.get_base_model().get_encoder()(ids).last_hidden_state
+        found = other.get_base_model().get_encoder()(ids).last_hidden_state
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+@both_methods
 def test_foreign_checkpoints_are_refused(method: str, llama: TinyModel, tmp_path: Path) -> None:
     model = after(method, llama, 2)
     model.save_pretrained(tmp_path)
     other = get_peft_model(llama.make_model(intermediate_size=48), config(method, llama))
-    with pytest.raises(ValueError, match="damaged or belongs to another model; nothing was loaded"):
+    with pytest.raises(ValueError, match="damaged or belongs to another model or method; nothing was loaded"):
         other.load_adapter(tmp_path, "default")
     model.base_model.finalize()
     with pytest.raises(ValueError, match="search is over"):
         model.load_adapter(tmp_path, "default")
+
+
+def _lora(tiny: TinyModel, directory: Path) -> None:
+    get_peft_model(tiny.make_model(), LoraConfig(target_modules=list(tiny.target_modules))).save_pretrained(directory)
+
+
+def _search_of(method: str, ended: bool = False, **sizes: int) -> Callable[[TinyModel, Path], None]:
+    def save(tiny: TinyModel, directory: Path) -> None:
+        model = get_peft_model(tiny.make_model(**sizes), config(method, tiny))
+        search(model, tiny, optimizer(model, method), 4)
+        if ended:
+            model.base_model.finalize(compact=False)
+        model.save_pretrained(directory)
+
+    return save
+
+
+@pytest.mark.filterwarnings("ignore:The search of adapter")
+@pytest.mark.parametrize("finished", [False, True])
+@pytest.mark.parametrize(
+    ("method", "save"),
+    [
+        ("ars", _lora),
+        ("l2lrc", _lora),
+        ("ars", _search_of("l2lrc")),
+        ("l2lrc", _search_of("ars")),
+        ("l2lrc", _search_of("l2lrc", intermediate_size=48)),
+        ("ars", _search_of("ars", ended=True, intermediate_size=48)),
+    ],
+    ids=["lora-ars", "lora-l2lrc", "l2lrc-ars", "ars-l2lrc", "other sizes", "other sizes, finished"],
+)
+def test_a_refused_checkpoint_leaves_the_search_as_it_is(
+    method: str, save: Callable[[TinyModel, Path], None], finished: bool, llama: TinyModel, tmp_path: Path
+) -> None:
+    save(llama, tmp_path)
+    model = searched(method, llama)
+    steps = optimizer(model, method)
+    search(model, llama, steps, 2)
+    if finished:
+        model.base_model.finalize(compact=False)
+    batch = llama.make_batch(2)
+    before, pattern = model.eval()(**batch).logits, get_rank_pattern(model)
+    with pytest.raises(ValueError, match="nothing was loaded|of an unfinished search"):
+        model.load_adapter(tmp_path, "default", is_trainable=True)
+    torch.testing.assert_close(model.eval()(**batch).logits, before, rtol=0, atol=0)
+    assert get_rank_pattern(model) == pattern
+    if not finished:
+        assert model.base_model._states["default"].step == 2
+        search(model, llama, steps, 1, first=3)
+        assert model.base_model._states["default"].recorded == 3
 
 
 def test_the_uniform_budget_is_counted_alike(llama: TinyModel) -> None:

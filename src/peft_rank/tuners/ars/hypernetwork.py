@@ -34,7 +34,9 @@ class Hypernetwork(nn.Module):
     def forward(self) -> Tensor:
         """(length, 128) features."""
         with torch.autocast(self.z.device.type, enabled=False):
-            return F.gelu(self.layer_norm(self.bi_gru(self.z)[0])).squeeze(0)
+            # a model that is cast as a whole casts its buffers, too, and PEFT brings back parameters only
+            z = self.z.to(self.layer_norm.weight.dtype)
+            return F.gelu(self.layer_norm(self.bi_gru(z)[0])).squeeze(0)
 
 
 class PerLayerHypernetwork(Hypernetwork):

@@ -11,6 +11,7 @@ error relative to the squared norm of the dense hidden state, averaged over toke
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -51,7 +52,8 @@ class Distillation:
         self.model, self.layers, self.weight, self.pretraining_weight = model, layers, weight, pretraining_weight
         self.dense: Tensor | None = None
         self.tokens: Tensor | None = None
-        self.count: Any = None
+        # the micro-batch's part in the step
+        self.share: Any = 1.0
         # how much the backward pass scales the loss; None where the model did not compute it
         self.scale: Tensor | None = None
         self.distance: Tensor | None = None
@@ -62,6 +64,7 @@ class Distillation:
             model.register_forward_hook(self._take_loss),
         ]
         self._state = "idle"
+        self._told = False
 
     def remove(self) -> None:
         for handle in self._handles:
@@ -70,11 +73,16 @@ class Distillation:
     def prepare(self, args: tuple, kwargs: dict[str, Any]) -> None:
         """Run the dense model on a batch that the model is about to be trained on."""
         self.scale = None
-        self.count = kwargs.get("num_items_in_batch")
+        self.share = _share(kwargs.get("labels"), kwargs.get("num_items_in_batch"))
         self.tokens = _real_tokens(self.model, kwargs)
         with torch.no_grad(), switched_off(self.model, self.layers):
             self._state = "dense"
-            self.model(*args, **kwargs)
+            try:
+                self.model(*args, **kwargs)
+            except BaseException:
+                # out of memory, say: the next batch begins anew
+                self._state = "idle"
+                raise
             self._state = "training"
 
     def _take_input(self, module: nn.Module, args: tuple) -> tuple:
@@ -105,10 +113,15 @@ class Distillation:
         if self._state != "loss":
             return output
         self._state = "idle"
-        loss = output.get("loss") if isinstance(output, dict) else None
-        if isinstance(loss, Tensor) and loss.requires_grad:
-            output["loss"] = _TakeScale.apply(loss, self)
+        if isinstance(output, tuple):
+            # of `return_dict=False`: the loss comes first, where there is one
+            return (self._tapped(output[0]), *output[1:]) if output[0].dim() == 0 else output
+        if isinstance(output, dict) and isinstance(output.get("loss"), Tensor):
+            output["loss"] = self._tapped(output["loss"])
         return output
+
+    def _tapped(self, loss: Tensor) -> Tensor:
+        return _TakeScale.apply(loss, self) if loss.requires_grad else loss
 
     def gradient(self, hidden: Tensor) -> Tensor:
         """Of weight * distance with respect to the hidden states, (batch, tokens, d)."""
@@ -118,9 +131,17 @@ class Distillation:
         norms = dense.square().sum(-1).clamp(min=torch.finfo(work).tiny)  # (batch, tokens)
         real = torch.ones_like(norms) if self.tokens is None else self.tokens.to(norms)
         real = torch.ones_like(norms) if real.shape != norms.shape else real
-        count = real.sum().clamp(min=1) if self.count is None else self.count
-        per_token = real / norms / count
+        share = self.share.to(norms.device) if isinstance(self.share, Tensor) else self.share
+        per_token = real / norms * (share / real.sum().clamp(min=1))
         self.distance = (difference.square().sum(-1) * per_token).sum()
+        if self.scale is None and not self._told:
+            self._told = True
+            warnings.warn(
+                "The loss is not the model's own, so that nothing tells by how much it is scaled: every backward adds the whole "
+                "distillation. With gradient accumulation or a loss scale (fp16) let the model compute the loss (`labels`, no "
+                "label smoothing), or set `distillation_weight=0`.",
+                stacklevel=2,
+            )
         scale = 1.0 if self.scale is None else self.scale.to(hidden.device, work)
         return (difference * (2 * self.weight * scale * per_token).unsqueeze(-1)).to(hidden.dtype)
 
@@ -132,7 +153,7 @@ class _AddDistance(Function):
     def forward(ctx: Any, hidden: Tensor, distillation: Distillation) -> Tensor:
         ctx.distillation = distillation
         ctx.save_for_backward(hidden)
-        ctx.batch = distillation.dense, distillation.tokens, distillation.count
+        ctx.batch = distillation.dense, distillation.tokens, distillation.share
         return hidden.view_as(hidden)
 
     @staticmethod
@@ -140,7 +161,7 @@ class _AddDistance(Function):
     def backward(ctx: Any, grad_output: Tensor):
         (hidden,) = ctx.saved_tensors
         distillation = ctx.distillation
-        distillation.dense, distillation.tokens, distillation.count = ctx.batch
+        distillation.dense, distillation.tokens, distillation.share = ctx.batch
         return distillation.pretraining_weight * grad_output + distillation.gradient(hidden), None
 
 
@@ -172,6 +193,11 @@ def _replaced(value: Any, old: Tensor, new: Tensor) -> Any:
     if isinstance(value, tuple):
         return tuple(_replaced(item, old, new) for item in value)
     return new if value is old else value
+
+
+def _share(labels: Tensor | None, items: Any) -> Any:
+    """Of a micro-batch in its optimizer step: that of its labels, where the Trainer tells how many there are in all."""
+    return 1.0 if items is None or labels is None else (labels != -100).sum() / items
 
 
 def _real_tokens(model: PreTrainedModel, kwargs: dict[str, Any]) -> Tensor | None:

@@ -98,6 +98,12 @@ class L2LRCModel(RankSearchModel):
             self._distillation.remove()
             self._distillation = None
 
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        if self._distillation is not None:
+            self._distillation.remove()
+        return model
+
     def _before_forward(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
         distillation = self._distillation
         if distillation is not None and distillation._state == "dense":

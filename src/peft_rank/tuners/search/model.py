@@ -8,6 +8,7 @@ import math
 import re
 import warnings
 from abc import abstractmethod
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ from ..lowrank.plan import (
     uncompressed_parameters,
 )
 from ..names import PEFT_PREFIX, exact_pattern, plain_name, uncompiled
+from .checkpoint import check_entries
 from .config import RankSearchConfig
 from .factors import SearchFactors, Spectrum, decompose_weight, empty_spectrum
 from .layer import SearchLayer
@@ -300,47 +302,50 @@ class RankSearchModel(RankSearchTraining):
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
     def _adopt(self, adapter_name: str, state_dict: dict[str, Tensor]) -> None:
-        """Become what a checkpoint describes: a search at another step, or its end."""
-        found = {plain_name(key) for key in state_dict}
-        layers = self.searching_layers(adapter_name)
+        """Become what a checkpoint describes: a search at another step, or its end. Raises before anything changes."""
+        stored = {plain_name(key): value for key, value in state_dict.items()}
+        searching = self.searching_layers(adapter_name)
         # masks without a state are those of a search that never began
         masks = tuple(f"{name}.{self.prefix}" for name in self.adapter_layers(adapter_name))
-        unfinished = any(key.startswith(masks) for key in found)
-        if layers and not unfinished:
-            for name, layer in layers.items():
-                rank = next(
-                    (v.shape[0] for k, v in state_dict.items() if plain_name(k) == f"{name}.{_FACTORS}.down.weight"),
-                    None,
-                )
-                layer.end_search(None if rank is None else _empty(layer.base_layer, rank))
-            del self._states[adapter_name]
-            self._forget_masks(adapter_name)
-        elif unfinished and not layers:
+        unfinished = any(key.startswith(masks) for key in stored)
+        if unfinished and not searching:
             raise ValueError(
                 "The checkpoint is of an unfinished search, and the ranks of this model are final. Load it into the base "
                 "model by `PeftModel.from_pretrained(model, directory, is_trainable=True)`."
             )
+        final = {} if unfinished else {name: _final(layer, name, stored) for name, layer in searching.items()}
+        without_factors = unfinished and not any(f".{_FACTORS}." in key for key in stored)
+        ignored = ["base_layer.", f"{self.prefix}state", *([f"{_FACTORS}."] if without_factors else [])]
+        expected = {}
+        for name, layer in self.adapter_layers(adapter_name).items():
+            own = _own_state(layer) if name not in final else _final_state(final[name])
+            named = {self._remove_adapter_name_from_key(f".{key}", adapter_name)[1:]: own[key].shape for key in own}
+            expected[name] = {key: shape for key, shape in named.items() if not key.startswith(tuple(ignored))}
+        check_entries(expected, stored, ignored)
+        if final:
+            for name, layer in searching.items():
+                layer.end_search(final[name])
+            del self._states[adapter_name]
+            self._forget_masks(adapter_name)
         elif unfinished:
             self._restore_state(adapter_name, state_dict)
             self._selected_from = None
-        for name, layer in self.adapter_layers(adapter_name).items():
-            expected = {f"{name}.{key}": v.shape for key, v in _own_state(layer).items()}
-            stored = {plain_name(k): v.shape for k, v in state_dict.items()}
-            kept_here = unfinished and not any(f".{_FACTORS}." in key for key in stored)
-            for key, shape in expected.items():
-                if kept_here and f".{_FACTORS}." in key:
-                    continue
-                short = self._remove_adapter_name_from_key(key, adapter_name)
-                if stored.get(short) != shape:
-                    what = "is missing" if short not in stored else f"is of shape {tuple(stored[short])}"
-                    raise ValueError(
-                        f"{short} {what} in the file; adapter {adapter_name!r} has {tuple(shape)} here. The file is damaged "
-                        "or belongs to another model; nothing was loaded."
-                    )
+            for layer in searching.values():
+                layer._selected.clear()
 
 
 def _own_state(layer: SearchLayer) -> dict[str, Tensor]:
     return {key: value for key, value in layer.state_dict().items() if not key.startswith("base_layer.")}
+
+
+def _final_state(made: LowRankLinear | None) -> dict[str, Tensor]:
+    return {} if made is None else made.state_dict(prefix=f"{_FACTORS}.")
+
+
+def _final(layer: SearchLayer, name: str, stored: Mapping[str, Tensor]) -> LowRankLinear | None:
+    """What a layer in search becomes by the end of a search in a file; None if it stays dense."""
+    down = stored.get(f"{name}.{_FACTORS}.down.weight")
+    return None if down is None else _empty(layer.base_layer, down.shape[0])
 
 
 def _empty(module: nn.Module, rank: int | None) -> SearchFactors | LowRankLinear:

@@ -83,7 +83,12 @@ class SearchState:
     def target(self) -> float:
         """The largest target that is not reached yet, or the smallest."""
         left = [ratio for ratio in self.config.ratios if ratio not in self.snapshots]
-        return left[0] if left else self.config.ratios[-1]
+        return left[0] if left else self.end
+
+    @property
+    def end(self) -> float:
+        """The smallest target, which the search ends with, now or later: evaluations compare at one budget."""
+        return self.config.ratios[-1]
 
     @property
     def finished(self) -> bool:
@@ -162,7 +167,7 @@ class SearchState:
         target = self.target
         ratio = float(self.ratio(self.likely(logits)))
         reached = ratio <= target + self.config.tolerance
-        self.met = self.met + 1 if reached and target == self.config.ratios[-1] else 0
+        self.met = self.met + 1 if reached and target == self.end else 0
         if not reached or target in self.snapshots:
             return None
         self.snapshots[target] = self.choose(logits, target)

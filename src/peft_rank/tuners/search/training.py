@@ -188,11 +188,11 @@ class RankSearchTraining(AdaptiveRankTuner):
     def _select_ranks(self) -> None:
         """Let every layer in search keep what it would keep if the search ended now."""
         for name, state in self._states.items():
-            key = (name, state.target, _stamp(self.mask_parameters(name)))
+            key = (name, _stamp(self.mask_parameters(name)))
             layers = list(self.searching_layers(name).values())
             if key == self._selected_from and all(layer._selected for layer in layers):
                 continue
-            selection = state.choose(self.mask_logits(name), state.target)
+            selection = state.choose(self.mask_logits(name), state.end)
             for layer, ranks in zip(layers, selection, strict=True):
                 layer.select(ranks)
             self._selected_from = key
@@ -321,7 +321,7 @@ class RankSearchTraining(AdaptiveRankTuner):
                 reached = ", ".join(map(str, state.snapshots)) or "none"
                 raise ValueError(f"`ratio={ratio}` was not reached; of `target_ratio`, {reached} was.")
             return state.snapshots[ratio]
-        logits, target = self.mask_logits(name), self.peft_config[name].ratios[-1]
+        logits, target = self.mask_logits(name), state.end
         if not state.finished:
             warnings.warn(
                 f"The search of adapter {name!r} ended at a ratio of {float(state.ratio(state.likely(logits))):.3f}, before "
@@ -378,7 +378,7 @@ class RankSearchTraining(AdaptiveRankTuner):
                 return {"rank/total": sum(ranks), "rank/mean": sum(ranks) / max(1, len(ranks)), **summary}
             state, logits = self._states[name], self._logits(name)
             likely = state.likely(logits)
-            selection = state.choose(logits, state.target)
+            selection = state.choose(logits, state.end)
             kept = [size if ranks is None else len(ranks) for size, ranks in zip(state.sizes, selection, strict=True)]
             return {
                 "rank/total": float(likely.sum()),
@@ -396,4 +396,5 @@ class RankSearchTraining(AdaptiveRankTuner):
 
 def _stamp(tensors: list[Tensor]) -> tuple:
     """Changes whenever one of them does."""
-    return tuple((id(tensor), tensor._version, tensor.requires_grad) for tensor in tensors)
+    # casting a model puts other storage under the same parameter
+    return tuple((id(tensor), tensor.data_ptr(), tensor._version, tensor.requires_grad) for tensor in tensors)
