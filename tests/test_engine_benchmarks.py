@@ -14,6 +14,8 @@ from typing import Any
 
 import pytest
 
+from peft_rank.allocation.schedule import AllocationSchedule
+
 
 SMALL = ["--shape", "tiny", "--vocabulary", "32", "--batch", "2", "--length", "16", "--init_r", "4", "--target_r", "2"]
 MODULES = 7
@@ -48,6 +50,15 @@ def test_trainings_of_an_engine(engines: ModuleType, tmp_path: Path) -> None:
         tokens = 2 * (4 if name == "agreement" else 16)
         seconds = row[name]["milliseconds"] / 1e3
         assert row[name]["tokens_per_second"] == pytest.approx(tokens / seconds, rel=0.02)
+
+
+def test_what_is_watched_is_a_window_that_is_recorded(engines: ModuleType) -> None:
+    schedule = AllocationSchedule(
+        **engines.SHORT_SCHEDULE, total_steps=engines.STEPS, initial_total=1792, target_total=896
+    )
+    met = next(decision for decision in schedule.decisions() if decision.budget == 896)
+    assert range(met.step - met.window, met.step) == engines.WATCHED  # steps that are completed before each
+    assert engines.FREE.stop <= engines.WATCHED.start
 
 
 def test_ranks_elsewhere_are_counted_once(engines: ModuleType) -> None:
