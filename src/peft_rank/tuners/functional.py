@@ -4,11 +4,8 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
-from torch.autograd import Function
-from torch.autograd.function import once_differentiable
 
 
 def compute_dtype(x: torch.Tensor) -> torch.dtype:
@@ -34,29 +31,3 @@ def without_autocast(device: str) -> AbstractContextManager:
 
 
 _AS_IT_IS = nullcontext()
-
-
-class AddToGradient(Function):
-    """The identity, whose backward adds a gradient that was computed beforehand, once.
-
-    `pending[key][position]` is added to the gradient and replaced by None, so that of all the backward passes of an
-    optimizer step (micro-batches, a module that is used twice) exactly one adds it. Recomputation in gradient
-    checkpointing sees the same graph as the first forward, since only backward consumes.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, factor: torch.Tensor, pending: dict[str, list[torch.Tensor | None]], key: str, position: int
-    ) -> torch.Tensor:
-        ctx.pending, ctx.key, ctx.position = pending, key, position
-        return factor.view_as(factor)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: torch.Tensor):
-        gradients = ctx.pending.get(ctx.key)
-        addition = None if gradients is None else gradients[ctx.position]
-        if addition is not None:
-            gradients[ctx.position] = None
-            grad_output = grad_output + addition.to(grad_output.dtype)
-        return grad_output, None, None, None

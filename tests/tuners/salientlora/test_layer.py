@@ -13,12 +13,13 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from peft_rank import SalientLoRAConfig
-from peft_rank.tuners.functional import AddToGradient, compute_dtype
+from peft_rank.tuners.functional import compute_dtype
 from peft_rank.tuners.salientlora.functional import (
     Factors,
     LinearWithUpdate,
-    WatchGradient,
+    Pending,
     prepare_updates,
+    with_pending,
 )
 from runs import assert_close
 
@@ -406,23 +407,32 @@ def test_an_armed_gradient_survives_recomputation(model, use_reentrant: bool) ->
 
 def test_a_watched_gradient_is_summed_in_float32() -> None:
     E, watched = torch.ones(3, dtype=torch.float16, requires_grad=True), {"a": None}
+    A, B = torch.zeros(3, 2), torch.zeros(4, 3)
+
+    def seen(watched: dict) -> torch.Tensor:
+        (found,) = with_pending("a", [Factors(A, E, B)], [Pending({}, watched, None)])
+        return found.E
+
     for _ in range(2):
-        (WatchGradient.apply(E, watched, "a") * torch.tensor([4e4, 1.0, -1.0]).half()).sum().backward()
+        (seen(watched) * torch.tensor([4e4, 1.0, -1.0]).half()).sum().backward()
         E.grad = None
     torch.testing.assert_close(watched["a"], torch.tensor([8e4, 2.0, -2.0]), rtol=1e-3, atol=0)
-    WatchGradient.apply(E, {}, "a").sum().backward()  # no longer watched
+    seen({}).sum().backward()  # no longer watched
     assert torch.equal(E.grad, torch.ones(3).half())
 
 
-def test_add_to_gradient_is_the_identity_and_consumes_once() -> None:
-    factor = torch.randn(3, 4, requires_grad=True)
-    pending = {"a": [torch.ones(3, 4), None]}
-    twice = AddToGradient.apply(factor, pending, "a", 0) + AddToGradient.apply(factor, pending, "a", 0)
-    assert_close(twice, 2 * factor, 0)
-    twice.sum().backward()
-    assert_close(factor.grad, torch.full((3, 4), 3.0), 0)
-    assert pending["a"][0] is None
-    AddToGradient.apply(factor, pending, "a", 0).sum().backward()
-    AddToGradient.apply(factor, pending, "a", 1).sum().backward()
-    AddToGradient.apply(factor, pending, "unknown", 0).sum().backward()
-    assert_close(factor.grad, torch.full((3, 4), 6.0), 0)
+def test_pending_gradients_of_modules_that_are_not_used_stay_pending() -> None:
+    factors = [Factors(*(torch.randn(*size, requires_grad=True) for size in ((3, 4), (3,), (5, 3)))) for _ in range(2)]
+    additions = [[torch.ones(3, 4), torch.ones(5, 3)] for _ in factors]
+    mask = torch.tensor([1.0, 0.0, 1.0])
+    pending = [Pending({"a": addition}, {"a": None}, mask) for addition in additions]
+    used = with_pending("a", factors, pending)[1]
+    assert_close(used.E, factors[1].E * mask, 0)
+    for _ in range(2):
+        (used.A.sum() + used.E.sum() + used.B.sum()).backward(retain_graph=True)
+    assert additions == [[*additions[0]], [None, None]] and additions[0][0] is not None
+    assert_close(factors[1].A.grad, torch.full((3, 4), 3.0), 0)
+    assert_close(factors[1].B.grad, torch.full((5, 3), 3.0), 0)
+    assert_close(factors[1].E.grad, 2 * mask, 0)
+    assert_close(pending[1].watched["a"], torch.full((3,), 2.0), 0)
+    assert factors[0].A.grad is None and pending[0].watched["a"] is None

@@ -220,18 +220,60 @@ class MaskRanks(Function):
         return grad_output * ctx.mask, None
 
 
-class WatchGradient(Function):
-    """The identity, whose backward adds the gradient to `watched[key]`, in float32. Saves no tensors, as `MaskRanks`."""
+class Pending(NamedTuple):
+    """What the backward pass of one module's factors does beside.
+
+    Attributes:
+        armed (`dict[str, list[Tensor | None]]`): By adapter, what is added to the gradients of A and B: once, and then None.
+        watched (`dict[str, Tensor | None]`): By adapter, where the gradient of E is added up, in float32.
+        mask (`Tensor`, *optional*): (r,), 0 for pruned ranks, in the dtype of E.
+    """
+
+    armed: dict[str, list[torch.Tensor | None]]
+    watched: dict[str, torch.Tensor | None]
+    mask: torch.Tensor | None
+
+
+def with_pending(adapter_name: str, factors: Sequence[Factors], pending: Sequence[Pending]) -> list[Factors]:
+    """The factors of many modules with E masked and all that is pending in their backward, in one node of the graph."""
+    count = len(factors)
+    A, E, B = zip(*factors, strict=True)
+    found = PendingGradients.apply(adapter_name, pending, *A, *E, *B)
+    return [Factors(*found[i::count]) for i in range(count)]
+
+
+class PendingGradients(Function):
+    """The identity on A and B and E * mask, whose backward adds and watches gradients, see `Pending`.
+
+    Of all the backward passes of an optimizer step (micro-batches, a module that is used twice) exactly one adds.
+    Saves no tensors, as `MaskRanks`.
+    """
 
     @staticmethod
-    def forward(ctx: Any, E: torch.Tensor, watched: dict[str, torch.Tensor | None], key: str) -> torch.Tensor:
-        ctx.watched, ctx.key = watched, key
-        return E.view_as(E)
+    def forward(ctx: Any, key: str, pending: Sequence[Pending], *factors: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        ctx.key, ctx.pending = key, pending
+        ctx.set_materialize_grads(False)
+        count = len(pending)
+        E = [
+            e.view_as(e) if module.mask is None else e * module.mask
+            for e, module in zip(factors[count : 2 * count], pending, strict=True)
+        ]
+        return *(A.view_as(A) for A in factors[:count]), *E, *(B.view_as(B) for B in factors[2 * count :])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_output: torch.Tensor):
-        if ctx.key in ctx.watched:
-            before, gradient = ctx.watched[ctx.key], grad_output.float()
-            ctx.watched[ctx.key] = gradient if before is None else before + gradient
-        return grad_output, None, None
+    def backward(ctx: Any, *gradients: torch.Tensor | None):
+        key, count, found = ctx.key, len(ctx.pending), list(gradients)
+        for i, module in enumerate(ctx.pending):
+            E = found[count + i]
+            if E is not None and key in module.watched:
+                before = module.watched[key]
+                module.watched[key] = E.float() if before is None else before + E.float()
+            if E is not None and module.mask is not None:
+                found[count + i] = E * module.mask
+            additions = module.armed.get(key, (None, None))
+            for j, position in enumerate((i, 2 * count + i)):
+                if found[position] is not None and additions[j] is not None:
+                    found[position] = found[position] + additions[j].to(found[position].dtype)
+                    additions[j] = None
+        return None, None, *found

@@ -16,7 +16,7 @@ from peft.utils.other import transpose
 from torch import nn
 
 from ..additive import AdditiveLayer
-from ..functional import AddToGradient, compute_dtype
+from ..functional import compute_dtype
 from ..sharding import is_distributed
 from ..shrinking import narrow
 from .config import SalientLoRAConfig
@@ -24,9 +24,10 @@ from .functional import (
     Factors,
     LinearWithUpdate,
     MaskRanks,
+    Pending,
     PreparedUpdate,
-    WatchGradient,
     prepare_updates,
+    with_pending,
 )
 
 
@@ -173,12 +174,15 @@ class SalientLoRALayer(AdditiveLayer):
 
     def masked_E(self, adapter_name: str) -> torch.Tensor:
         """E, (r,), with 0 for pruned ranks."""
-        E, mask = self.stored(adapter_name).E, self.salientlora_mask.get(adapter_name)
+        E, mask = self.stored(adapter_name).E, self._mask_of_E(adapter_name)
         if mask is None:
             return E
-        # the model may have been moved or cast since
-        mask = mask.to(E.device, E.dtype)
         return E * mask if torch.compiler.is_compiling() else MaskRanks.apply(E, mask)
+
+    def _mask_of_E(self, adapter_name: str) -> torch.Tensor | None:
+        mask, E = self.salientlora_mask.get(adapter_name), self.stored(adapter_name).E
+        # the model may have been moved or cast since
+        return None if mask is None else mask.to(E.device, E.dtype)
 
     def stored(self, adapter_name: str) -> Factors:
         """The parameters as they are. Called for every layer of a model in every step: `nn.ParameterDict` itself takes
@@ -198,15 +202,18 @@ class SalientLoRALayer(AdditiveLayer):
     def factors(self, adapter_name: str) -> Factors:
         """The factors for a forward pass: gathered, masked and, if armed, with the regularizer in their backward and the
         gradient of E watched."""
-        A, E, B = self.stored(adapter_name)
-        self._gather_sharded(A, E, B)
-        if adapter_name in self._armed and torch.is_grad_enabled():
-            A = AddToGradient.apply(A, self._armed, adapter_name, 0)
-            B = AddToGradient.apply(B, self._armed, adapter_name, 1)
-        E = self.masked_E(adapter_name)
-        if adapter_name in self._watched and torch.is_grad_enabled():
-            E = WatchGradient.apply(E, self._watched, adapter_name)
-        return Factors(A, E, B)
+        factors = self.stored(adapter_name)
+        self._gather_sharded(*factors)
+        if self.has_pending(adapter_name):
+            return with_pending(adapter_name, [factors], [self.pending(adapter_name)])[0]
+        return factors._replace(E=self.masked_E(adapter_name))
+
+    def has_pending(self, adapter_name: str) -> bool:
+        """Whether the next backward adds or watches gradients."""
+        return torch.is_grad_enabled() and (adapter_name in self._armed or adapter_name in self._watched)
+
+    def pending(self, adapter_name: str) -> Pending:
+        return Pending(self._armed, self._watched, self._mask_of_E(adapter_name))
 
     def get_delta_weight(self, adapter_name: str) -> torch.Tensor:
         """`scaling * B diag(E) A` in the layout of the base weight and the dtype of A, computed in float32 at least."""

@@ -22,7 +22,7 @@ from ..sharding import gather, in_full_precision, is_distributed, is_sharded
 from ..shrinking import can_slice_state, swap_parameters, unwrap_optimizer
 from .allocator import RankAllocator
 from .checkpoint import exact_rank_pattern
-from .functional import prepare_updates
+from .functional import prepare_updates, with_pending
 from .layer import SalientLoRALayer
 
 
@@ -91,7 +91,11 @@ class SalientLoRATraining(AdaptiveRankTuner):
                 if dtype is not None and not is_sharded(layer.stored(name).E):
                     by_dtype[dtype].append(layer)
         for dtype, layers in by_dtype.items():
-            factors = [layer.factors(name) for layer in layers]
+            if layers[0].has_pending(name):
+                pending = [layer.pending(name) for layer in layers]
+                factors = with_pending(name, [layer.stored(name) for layer in layers], pending)
+            else:
+                factors = [layer.factors(name) for layer in layers]
             scalings = [layer.salientlora_scaling[name] for layer in layers]
             for layer, update in zip(layers, prepare_updates(factors, scalings, dtype), strict=True):
                 layer._prepared[name] = update

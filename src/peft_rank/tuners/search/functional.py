@@ -79,6 +79,30 @@ class SharedGraph(Function):
         return None, *torch.autograd.grad(ctx.made, ctx.parameters, grad_output, retain_graph=True)
 
 
+class AddToGradient(Function):
+    """The identity, whose backward adds a gradient that was computed beforehand, once.
+
+    `pending[key][position]` is added to the gradient and replaced by None, so that of all the backward passes of an
+    optimizer step (micro-batches, a module that is used twice) exactly one adds it. Recomputation in gradient
+    checkpointing sees the same graph as the first forward, since only backward consumes.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, factor: Tensor, pending: dict[str, list[Tensor | None]], key: str, position: int) -> Tensor:
+        ctx.pending, ctx.key, ctx.position = pending, key, position
+        return factor.view_as(factor)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_output: Tensor):
+        gradients = ctx.pending.get(ctx.key)
+        addition = None if gradients is None else gradients[ctx.position]
+        if addition is not None:
+            gradients[ctx.position] = None
+            grad_output = grad_output + addition.to(grad_output.dtype)
+        return grad_output, None, None, None
+
+
 class MaskedProduct(Function):
     """y = ((x down^T) * mask) up + bias, with frozen factors and bias.
 

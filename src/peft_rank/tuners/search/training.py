@@ -18,11 +18,11 @@ from transformers.trainer_pt_utils import get_model_param_count
 
 from ...allocation.masks import gumbel_mask, keep_probability, uniform_noise
 from ..adaptive import AdaptiveRankTuner, ShrinkPolicy, add_to_gradients, check_step
-from ..functional import AddToGradient, compute_dtype
+from ..functional import compute_dtype
 from ..lowrank.entry import record_compression
 from ..lowrank.final import settle_trained_modules
 from ..names import exact_pattern
-from .functional import SharedGraph, StepMask, needed_rows, pad_rows
+from .functional import AddToGradient, SharedGraph, StepMask, needed_rows, pad_rows
 from .layer import SearchLayer
 from .state import SearchState, Selection
 
