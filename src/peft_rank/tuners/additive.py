@@ -12,11 +12,12 @@ from typing import Any, TypeVar
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, check_adapters_to_merge
+from peft.tuners.tuners_utils import BaseTuner, check_adapters_to_merge
 from peft.utils import AuxiliaryTrainingWrapper, resolve_quantization_backend
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from ..calibration.targets import linear
 from .adaptive import RankLayer
 from .names import plain_name
 
@@ -202,22 +203,18 @@ def _pass_adapter_names(module: nn.Module, args: Any, kwargs: dict[str, Any], ad
     return args, kwargs
 
 
-def check_linear(target: nn.Module, fan_in_fan_out: bool, **kwargs: Any) -> bool:
+def is_transposed(target: nn.Module, **kwargs: Any) -> bool:
     """
-    Make sure that a module can be adapted.
+    Whether the weight of a module is (in, out).
 
     Args:
         target (`torch.nn.Module`): The module, or a tuner's layer around it.
-        fan_in_fan_out (`bool`): What the configuration says of the weight's layout.
         kwargs: What `get_quantization_kwargs` returned.
 
-    Returns:
-        `bool`: Whether the weight is (in, out); a warning says so where the configuration has it wrong.
-
     Raises:
-        TypeError: If the module is neither linear (quantized or not) nor a `Conv1D`.
+        TypeError: If the module cannot be adapted: it is neither linear (quantized or not) nor a `Conv1D`.
     """
-    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
+    base = linear(target)
     transposed = isinstance(base, Conv1D)
     if not transposed and not isinstance(base, nn.Linear):
         backend = resolve_quantization_backend(base, **kwargs)
@@ -227,9 +224,15 @@ def check_linear(target: nn.Module, fan_in_fan_out: bool, **kwargs: Any) -> bool
                 "and `transformers.pytorch_utils.Conv1D` are supported. Leave it out of `target_modules`, or name "
                 "it in `exclude_modules`."
             )
+    return transposed
+
+
+def check_linear(target: nn.Module, fan_in_fan_out: bool, **kwargs: Any) -> bool:
+    """`is_transposed`; a warning says so where the configuration has it wrong."""
+    transposed = is_transposed(target, **kwargs)
     if fan_in_fan_out != transposed:
         warnings.warn(
-            f"fan_in_fan_out is set to {fan_in_fan_out} but the target module is `{type(base).__name__}`. "
+            f"fan_in_fan_out is set to {fan_in_fan_out} but the target module is `{type(linear(target)).__name__}`. "
             f"Setting fan_in_fan_out to {transposed}.",
             stacklevel=2,
         )

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, Trainer
+from transformers import Trainer
 from transformers.pytorch_utils import Conv1D
 
 from peft_rank import (
@@ -389,15 +389,56 @@ def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
 
 
 def test_unsupported_modules() -> None:
-    tied = GPT2LMHeadModel(GPT2Config(vocab_size=16, n_positions=8, n_embd=8, n_layer=1, n_head=1))
-    with pytest.raises(ValueError, match=r"lm_head is shared by transformer\.wte, lm_head"):
-        get_peft_model(tied, InRankConfig(from_scratch=True, target_modules=["lm_head"]))
     with pytest.raises(TypeError, match="Conv2d.* is not supported"):
         get_peft_model(nn.Sequential(nn.Conv2d(2, 2, 1)), InRankConfig(from_scratch=True, target_modules=["0"]))
     with pytest.raises(ValueError, match="there can be no other"):
         adapted(LLAMA, from_scratch=True).add_adapter("second", config(LLAMA))
     with pytest.raises(ValueError, match="there can be no other"):
         adapted(LLAMA).add_adapter("second", config(LLAMA, from_scratch=True))
+
+
+def with_shared_module() -> nn.Module:
+    model = GPT2.make_model()
+    model.transformer.h[1].mlp.c_fc = model.transformer.h[0].mlp.c_fc
+    return model
+
+
+def with_shared_weight() -> nn.Module:
+    model = GPT2.make_model()
+    model.transformer.h[1].mlp.c_fc.weight = model.transformer.h[0].mlp.c_fc.weight
+    return model
+
+
+def with_adapter() -> nn.Module:
+    """In its last linear only."""
+    model = get_peft_model(GPT2.make_model(), LoraConfig(target_modules=["h.1.mlp.c_proj"])).base_model.model
+    del model.peft_config
+    return model
+
+
+REFUSED = {
+    "tied": (GPT2.make_model, ["c_attn", "lm_head"], ValueError, "lm_head is shared with another module of the model"),
+    "weight": (with_shared_weight, ["c_attn", "c_fc"], ValueError, r"h\.0\.mlp\.c_fc, .*h\.1\.mlp\.c_fc is shared"),
+    "module": (with_shared_module, ["c_attn", "c_fc"], ValueError, r"h\.0\.mlp\.c_fc is shared with another module"),
+    "type": (GPT2.make_model, ["c_attn", "ln_f"], TypeError, "LayerNorm.* is not supported"),
+    "adapter": (with_adapter, ["c_attn", "c_proj"], ValueError, r"h\.1\.mlp\.c_proj has an adapter"),
+}
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["alone", "mixed"])
+@pytest.mark.parametrize(("make", "targets", "error", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_what_is_refused_is_refused_before_a_weight_is_given_up(
+    make: Callable, targets: list[str], error: type[Exception], message: str, mixed: bool
+) -> None:
+    model = make()
+    kinds, weights = [type(module) for module in model.modules()], copy.deepcopy(model.state_dict())
+    trained = {name: p.requires_grad for name, p in model.named_parameters()}
+    with pytest.raises(error, match=message):
+        get_peft_model(model, config(GPT2, from_scratch=True, target_modules=targets), mixed=mixed)
+    assert [type(module) for module in model.modules()] == kinds
+    assert trained == {name: p.requires_grad for name, p in model.named_parameters()}
+    assert_close(model.state_dict(), weights, 0)
+    assert not isinstance(vars(model).get("peft_config"), dict)
 
 
 def test_quantized_bases() -> None:

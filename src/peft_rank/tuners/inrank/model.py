@@ -18,8 +18,10 @@ from peft.utils import (
 from peft.utils.other import get_pattern_key
 from torch import nn
 
-from ..additive import AdditiveTuner, check_linear, check_widths, find_tuner, named_layers
+from ...calibration.targets import injected_modules, is_targeted
+from ..additive import AdditiveTuner, check_linear, check_widths, find_tuner, is_transposed, named_layers
 from ..lowrank.linear import LowRankLinear
+from ..lowrank.plan import check_untied
 from ..names import PEFT_PREFIX, plain_name
 from .config import InRankConfig
 from .layer import InRankFactors, InRankLinear
@@ -40,7 +42,8 @@ class InRankModel(InRankTraining, AdditiveTuner):
     Raises:
         TypeError: If a target module is neither linear (quantized or not) nor a `Conv1D`, or, with `from_scratch`, is
             quantized.
-        ValueError: If, with `from_scratch`, a weight is shared with another module, or there is another adapter.
+        ValueError: If, with `from_scratch`, a weight is shared with another module, or there is another adapter. The model
+            is unchanged then.
 
     Example:
 
@@ -74,10 +77,14 @@ class InRankModel(InRankTraining, AdditiveTuner):
         current_key: str,
         **optional_kwargs: Any,
     ) -> None:
-        key = get_pattern_key(config.rank_pattern.keys(), current_key)
-        kwargs = {"fixed_r": config.rank_pattern.get(key), **get_quantization_kwargs(self)}
+        key, kwargs = get_pattern_key(config.rank_pattern.keys(), current_key), get_quantization_kwargs(self)
         if config.from_scratch:
-            _check_replaceable(self.model, current_key, target, **kwargs)
+            targets = {current_key: target}
+            if not named_layers(self.model, adapter_name, InRankLinear):
+                # all of them before the first weight is freed; only now `target_modules` is resolved
+                targets |= injected_modules(self.model, lambda name: is_targeted(InRankModel, config, name))
+            _check_replaceable(self.model, targets, **kwargs)
+        kwargs["fixed_r"] = config.rank_pattern.get(key)
         # by class, not by self: `PeftMixedModel` borrows this method
         InRankModel._adapt(self, config, adapter_name, target, target_name, parent, **kwargs)
 
@@ -207,25 +214,18 @@ def _initial_width(layer: InRankLinear, name: str, config: InRankConfig) -> int:
     return layer.initial_width(config) if fixed is None else fixed
 
 
-def _check_replaceable(model: nn.Module, name: str, target: nn.Module, **kwargs: Any) -> None:
+def _check_replaceable(model: nn.Module, targets: Mapping[str, nn.Module], **kwargs: Any) -> None:
     """Raises if the weight of a target of `from_scratch` cannot be given up."""
-    if isinstance(target, BaseTunerLayer):
-        raise ValueError(f"Target module {name} has an adapter. With `from_scratch=True` there can be no other.")
-    if resolve_quantization_backend(target, **{k: v for k, v in kwargs.items() if k != "fixed_r"}) is not None:
-        raise TypeError(
-            f"Target module {name} is quantized ({type(target).__name__}): its weight cannot be replaced by trained factors. "
-            "Load the model without quantization, or set `from_scratch=False`."
-        )
-    owners = [
-        other
-        for other, module in model.named_modules()
-        if any(p is target.weight for p in module._parameters.values())
-    ]
-    if len(owners) > 1:
-        raise ValueError(
-            f"The weight of target module {name} is shared by {', '.join(owners)}, so that it cannot become a product. Name it "
-            "in `exclude_modules`, or untie the weights (`tie_word_embeddings=False`)."
-        )
+    for name, target in targets.items():
+        if isinstance(target, BaseTunerLayer):
+            raise ValueError(f"Target module {name} has an adapter. With `from_scratch=True` there can be no other.")
+        if resolve_quantization_backend(target, **kwargs) is not None:
+            raise TypeError(
+                f"Target module {name} is quantized ({type(target).__name__}): its weight cannot be replaced by trained "
+                "factors. Load the model without quantization, or set `from_scratch=False`."
+            )
+        is_transposed(target, **kwargs)  # raises if it is no linear
+    check_untied(targets, targets, model)
 
 
 def _rest_of_the_model(
