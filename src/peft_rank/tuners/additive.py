@@ -81,11 +81,22 @@ class AdditiveLayer(RankLayer):
         if not self.merged:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        while self.merged_adapters:
-            active_adapter = self.merged_adapters.pop()
-            weight = self.get_base_weight()
-            delta = self.get_delta_weight(active_adapter).to(weight.device)
-            self._store_base_weight((weight - delta).to(weight.dtype))
+        weight = self.unmerged_weight()
+        self.merged_adapters.clear()
+        self._store_base_weight(weight)
+
+    def unmerged_weight(self) -> torch.Tensor:
+        """The base weight without the adapters that are merged into it."""
+        weight = self.get_base_weight().detach()
+        for adapter_name in reversed(self.merged_adapters):
+            weight = (weight - self.get_delta_weight(adapter_name).to(weight.device)).to(weight.dtype)
+        return weight
+
+    def unmerge_before_change(self, adapter_name: str) -> None:
+        """To be called before the adapter's update changes: nobody could take the present one out of the base weight
+        afterwards."""
+        if adapter_name in self.merged_adapters:
+            self.unmerge()
 
     def _store_base_weight(self, weight: torch.Tensor) -> None:
         if self.quantization_backend is None:

@@ -325,6 +325,45 @@ def test_merging(tiny: TinyModel, from_scratch: bool) -> None:
     }
 
 
+CHANGES = {
+    "widen": lambda model, optimizer, folder: model.base_model.update_and_allocate(6, optimizer),
+    "end": lambda model, optimizer, folder: model.base_model.update_and_allocate(10, optimizer),
+    "finalize": lambda model, optimizer, folder: model.base_model.finalize(optimizer),
+    "load": lambda model, optimizer, folder: model.load_adapter(str(folder), "default", is_trainable=True),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+@FORMS
+def test_factors_that_change_while_merged_leave_the_base_as_it_was(
+    tmp_path: Path, from_scratch: bool, change: Callable
+) -> None:
+    grown(LLAMA, 3, seed=1, from_scratch=from_scratch)[0].save_pretrained(tmp_path / "other")
+    models = [grown(LLAMA, from_scratch=from_scratch, growth_steps=10) for _ in range(2)]
+    for (model, optimizer), merge in zip(models, (False, True), strict=True):
+        if merge:
+            model.merge_adapter()
+        change(model, optimizer, tmp_path / "other")
+    (expected, _), (model, _) = models
+    assert widths(model) == widths(expected)
+    assert_close(logits(model, LLAMA), logits(expected, LLAMA), 1e-5)
+    model.save_pretrained(tmp_path / "saved")
+    loaded = PeftModel.from_pretrained(other_base(LLAMA, from_scratch), tmp_path / "saved")
+    assert_close(logits(loaded, LLAMA), logits(expected, LLAMA), 1e-5)
+    if not from_scratch:
+        with model.disable_adapter():
+            assert_close(logits(model, LLAMA), logits(LLAMA.make_model(), LLAMA), 1e-5)
+
+
+def test_a_trained_base_is_saved_without_what_was_merged_into_it(tmp_path: Path) -> None:
+    model, _ = grown(LLAMA, train_base=True)
+    expected = logits(model, LLAMA)
+    model.merge_adapter()
+    model.save_pretrained(tmp_path)
+    assert_close(logits(PeftModel.from_pretrained(LLAMA.make_model(), tmp_path), LLAMA), expected, 1e-5)
+    assert_close(logits(model, LLAMA), expected, 1e-5)
+
+
 def test_disabling() -> None:
     model, _ = grown(LLAMA)
     with model.disable_adapter():

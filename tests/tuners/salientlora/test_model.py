@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import pickle
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -353,6 +354,38 @@ def test_merge_unmerge_and_safe_merge(tiny: TinyModel) -> None:
         assert (logits(model, tiny) - expected).abs().max() < 1e-5 * scale
         model.unmerge_adapter()
         assert (logits(model, tiny) - expected).abs().max() < 1e-5 * scale
+
+
+CHANGES = {
+    "mask": lambda model, optimizer, folder: model.base_model.update_and_allocate(15),
+    "narrow": lambda model, optimizer, folder: model.base_model.update_and_allocate(15, optimizer),
+    "finalize": lambda model, optimizer, folder: model.base_model.finalize(optimizer),
+    "load": lambda model, optimizer, folder: model.load_adapter(str(folder), "default", is_trainable=True),
+}
+
+
+@pytest.mark.filterwarnings("ignore:The allocation of adapter 'default' was cut short")
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES.keys())
+@pytest.mark.parametrize("masked", [False, True])
+def test_an_update_that_changes_while_merged_leaves_the_base_as_it_was(
+    tmp_path: Path, masked: bool, change: Callable
+) -> None:
+    """Also where ranks that were pruned before are still there, behind a mask."""
+    other = adapted(LLAMA, seed=1)
+    steps_by_hand(other, LLAMA, 1, 6, adam(other))
+    other.save_pretrained(tmp_path)
+    models = [adapted(LLAMA), adapted(LLAMA)]
+    for model, merge in zip(models, (False, True), strict=True):
+        optimizer = adam(model)
+        steps_by_hand(model, LLAMA, 1, 12 if masked else 4, optimizer, shrink=False)
+        if merge:
+            model.merge_adapter()
+        change(model, optimizer, tmp_path)
+    expected, model = models
+    assert get_rank_pattern(model) == get_rank_pattern(expected)
+    assert_close(logits(model, LLAMA), logits(expected, LLAMA), 1e-5)
+    with model.disable_adapter():
+        assert_close(logits(model, LLAMA), logits(LLAMA.make_model(), LLAMA), 1e-5)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -169,6 +169,7 @@ class InRankLinear(nn.Module, AdditiveLayer):
     @torch.no_grad()
     def truncate(self, adapter_name: str, cut: Truncation) -> dict[nn.Parameter, Replacement]:
         """Let the product become `cut`, in new parameters; returns what `widen` returns."""
+        self.unmerge_before_change(adapter_name)
         A, B = self.inrank_A[adapter_name], self.inrank_B[adapter_name]
         up, down = rotated(B, A, cut)
         self.inrank_B[adapter_name], self.inrank_A[adapter_name] = up[0], down[0]

@@ -153,7 +153,10 @@ class InRankModel(InRankTraining, AdditiveTuner):
         if config.from_scratch:
             selected |= _rest_of_the_model(model, layers, state_dict)
         elif config.train_base:
-            selected |= {key: state_dict[key] for key in (f"{name}.base_layer.weight" for name in layers)}
+            selected |= {
+                key: layer.unmerged_weight() if layer.merged else state_dict[key]
+                for key, layer in ((f"{name}.base_layer.weight", layer) for name, layer in layers.items())
+            }
         tuner = find_tuner(cls, model)
         if tuner is None:
             return selected
@@ -184,6 +187,8 @@ class InRankModel(InRankTraining, AdditiveTuner):
                 "nothing was loaded."
             )
         widths = check_widths(layers, adapter_name, state_dict, "InRank")
+        for layer in layers.values():
+            layer.unmerge_before_change(adapter_name)
         tuner = find_tuner(cls, model)
         if tuner is not None:
             states, state_dict = _split(state_dict, ".inrank_state")

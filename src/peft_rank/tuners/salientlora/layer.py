@@ -152,6 +152,7 @@ class SalientLoRALayer(AdditiveLayer):
 
     def set_mask(self, adapter_name: str, keep: torch.Tensor) -> None:
         """Prune the ranks where `keep`, (r,) bool, is False, without removing them."""
+        self.unmerge_before_change(adapter_name)
         E = self.salientlora_E[adapter_name]
         # E has no data yet where the adapter is still being loaded
         keep = keep.to(keep.device if E.is_meta else E.device, E.dtype)

@@ -115,6 +115,8 @@ class SalientLoRAModel(AdditiveTuner, SalientLoRATraining):
             plain_name(name): layer for name, layer in named_layers(model, adapter_name, SalientLoRALayer).items()
         }
         ranks = check_widths(layers, adapter_name, state_dict, "SalientLoRA")
+        for layer in layers.values():
+            layer.unmerge_before_change(adapter_name)
         tuner = find_tuner(cls, model)
         if tuner is not None:
             state_key = next((key for key in state_dict if key.endswith(".salientlora_state")), None)
