@@ -6,13 +6,14 @@ from __future__ import annotations
 import copy
 import json
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import Trainer
 from transformers.pytorch_utils import Conv1D
@@ -163,6 +164,28 @@ def test_damaged_files(damage: Callable, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         set_peft_model_state_dict(model, entries)
     assert_close(factors(model), before, 0)
+
+
+@pytest.mark.parametrize(
+    ("ending", "shape"), [("embed_tokens.weight", (64, 7)), ("norm.weight", (1,)), ("_state", (3,))]
+)
+def test_files_of_other_models_change_nothing(tmp_path: Path, ending: str, shape: tuple[int, ...]) -> None:
+    """Of the factors' shapes, but not of those of the rest."""
+    model, optimizer = grown(LLAMA, 3, from_scratch=True)
+    model.save_pretrained(tmp_path)
+    entries = load_file(tmp_path / "adapter_model.safetensors")
+    damaged = next(key for key in entries if key.endswith(ending))
+    save_file(
+        {**entries, damaged: torch.ones(shape, dtype=entries[damaged].dtype)}, tmp_path / "adapter_model.safetensors"
+    )
+    steps_by_hand(model, LLAMA, 4, 5, optimizer)
+    model.merge_adapter()
+    before, clock = copy.deepcopy(model.state_dict()), copy.copy(model.base_model.clock("default"))
+    message = rf"{re.escape(damaged)} is of shape {re.escape(str(shape))} in the checkpoint.*nothing was loaded"
+    with pytest.raises(ValueError, match=message):
+        model.load_adapter(str(tmp_path), "default", is_trainable=True)
+    assert_close(model.state_dict(), before, 0)
+    assert model.base_model.clock("default") == clock
 
 
 def test_models_can_be_copied_and_pickled() -> None:

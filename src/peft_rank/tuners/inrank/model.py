@@ -24,7 +24,7 @@ from ..lowrank.linear import LowRankLinear
 from ..lowrank.plan import check_untied
 from ..names import PEFT_PREFIX, plain_name
 from .config import InRankConfig
-from .layer import InRankFactors, InRankLinear
+from .layer import STATE_NUMEL, InRankFactors, InRankLinear
 from .training import Clock, InRankTraining, rank_pattern
 
 
@@ -187,14 +187,20 @@ class InRankModel(InRankTraining, AdditiveTuner):
                 "nothing was loaded."
             )
         widths = check_widths(layers, adapter_name, state_dict, "InRank")
+        states, others = _split(state_dict, ".inrank_state")
+        rest = _rest_of_the_checkpoint(model, layers, others) if config.from_scratch else {}
+        shapes = {key: tuple(present.shape) for key, (_, present) in rest.items()}
+        _check_shapes(state_dict, shapes | {f"{name}.inrank_state": (STATE_NUMEL,) for name in states})
         for layer in layers.values():
             layer.unmerge_before_change(adapter_name)
         tuner = find_tuner(cls, model)
         if tuner is not None:
-            states, state_dict = _split(state_dict, ".inrank_state")
             tuner._restore(adapter_name, widths, {plain_name(name): state.tolist() for name, state in states.items()})
-        if config.from_scratch:
-            state_dict = _load_rest_of_the_model(model, layers, state_dict)
+            state_dict = others
+        with torch.no_grad():
+            for value, present in rest.values():
+                present.copy_(value)
+        state_dict = {key: value for key, value in state_dict.items() if key not in rest}
         return super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
 
     def _restore(self, adapter_name: str, widths: Mapping[str, int], states: Mapping[str, list[int]]) -> None:
@@ -259,17 +265,25 @@ def _compressed_entries(
     return renamed
 
 
-def _load_rest_of_the_model(
-    model: nn.Module, layers: Mapping[str, InRankLinear], state_dict: dict[str, torch.Tensor]
-) -> dict[str, torch.Tensor]:
-    """Copy into the model what is not ours, so that tied weights stay tied however the factors are loaded."""
+def _rest_of_the_checkpoint(
+    model: nn.Module, layers: Mapping[str, InRankLinear], state_dict: Mapping[str, torch.Tensor]
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """What is not ours, each with the tensor of the model to copy it into: so tied weights stay tied however the factors
+    are loaded."""
     ours = tuple(f"{PEFT_PREFIX}{name}.inrank_" for name in layers)
     present = model.state_dict(keep_vars=True)
-    rest = {key: value for key, value in state_dict.items() if not key.startswith(ours) and key in present}
-    with torch.no_grad():
-        for key, value in rest.items():
-            present[key].copy_(value)
-    return {key: value for key, value in state_dict.items() if key not in rest}
+    return {k: (value, present[k]) for k, value in state_dict.items() if not k.startswith(ours) and k in present}
+
+
+def _check_shapes(state_dict: Mapping[str, torch.Tensor], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises `ValueError` if an entry of a checkpoint does not have the shape that it takes."""
+    for key, expected in shapes.items():
+        found = tuple(state_dict[key].shape)
+        if found != expected:
+            raise ValueError(
+                f"{key} is of shape {found} in the checkpoint, and {expected} here. It is damaged or belongs to another model; "
+                "nothing was loaded."
+            )
 
 
 def _split(state_dict: Mapping[str, torch.Tensor], ending: str) -> tuple[dict, dict]:
