@@ -163,7 +163,7 @@ class AdaptiveRankTuner(BaseTuner):
             global_step (`int`): Number of completed optimizer steps, from 1; with 0 nothing happens.
             optimizer (`Optimizer`, *optional*): Given, parameters and moments follow the ranks at once, where that is
                 exact; otherwise pruned ranks are masked and removed by `finalize`. Ranks that grow need it; without
-                it, an optimizer that made a step with them is looked up.
+                it, all optimizers that made a step with them follow.
             shrink (`str`): `"each"` removes at each decision, `"last"` only at the last one (for compiled models, which
                 recompile every time).
 

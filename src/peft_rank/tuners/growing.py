@@ -95,20 +95,26 @@ def _moment(name: str, value: Tensor, follow) -> Tensor | None:
 
 
 def remember_optimizers() -> None:
-    """From now on, `optimizer_of` knows the optimizers that make steps. Repeating it changes nothing."""
+    """From now on, `optimizers_of` knows the optimizers that make steps. Repeating it changes nothing."""
     if not _hooks:
         _hooks.append(register_optimizer_step_post_hook(lambda optimizer, *args: _stepped.add(optimizer)))
 
 
-def optimizer_of(parameter: nn.Parameter) -> Optimizer | None:
-    """An optimizer that made a step and holds the parameter, for loops that do not pass theirs."""
-    return next((optimizer for optimizer in _stepped if holds(optimizer, [parameter])), None)
+def optimizers_of(parameters: Iterable[nn.Parameter]) -> list[Optimizer]:
+    """The optimizers that made a step and hold some of the parameters, for loops that do not pass theirs. All of them: which
+    will make the next step, and which is merely not gone yet, cannot be told."""
+    wanted = {id(parameter) for parameter in parameters}
+    return [optimizer for optimizer in _stepped if wanted & _held(optimizer)]
 
 
-def holds(optimizer: Optimizer, parameters: Iterable[nn.Parameter]) -> bool:
-    """Whether all of these parameters are in the optimizer's groups."""
-    known = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
-    return all(id(parameter) in known for parameter in parameters)
+def hold(optimizers: Iterable[Optimizer], parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether all of these parameters are in groups of the optimizers."""
+    held = set().union(*map(_held, optimizers))
+    return all(id(parameter) in held for parameter in parameters)
+
+
+def _held(optimizer: Optimizer) -> set[int]:
+    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
 
 
 def active_data_parallel() -> DistributedDataParallel | None:

@@ -395,6 +395,28 @@ def test_an_optimizer_that_is_not_passed_is_found() -> None:
     assert seen[0] == seen[1]
 
 
+def test_all_optimizers_that_were_not_passed_follow() -> None:
+    """One that is not used any more, but not gone either, says nothing of the one that is; and factors may be shared out."""
+    model = adapted(LLAMA, growth_steps=8, explained_ratio=1.0, init_weights=False)
+    down, up = (
+        [p for n, p in model.named_parameters() if f"inrank_{letter}" in n and p.requires_grad] for letter in "AB"
+    )
+    stale, *current = (torch.optim.AdamW(parameters, lr=5e-3) for parameters in (down + up, down, up))
+    for step in range(1, 13):
+        model(**LLAMA.make_batch(8, seed=step)).loss.backward()
+        before = factors(model)
+        for optimizer in (stale, *current) if step == 1 else current:
+            optimizer.step()
+        assert not any(torch.equal(value, before[name]) for name, value in factors(model).items()), step
+        model.base_model.update_and_allocate(step)
+        for optimizer in (stale, *current):
+            optimizer.zero_grad()
+        trained = {id(p) for p in model.parameters() if p.requires_grad}
+        assert {id(p) for optimizer in current for p in optimizer.param_groups[0]["params"]} == trained
+        assert {id(p) for p in stale.param_groups[0]["params"]} == trained
+    assert {width for _, width in widths(model).values()} == {9}
+
+
 def test_no_optimizer_is_left_behind() -> None:
     model = adapted(LLAMA, explained_ratio=1.0, init_weights=False)
     model(**LLAMA.make_batch(8)).loss.backward()

@@ -27,8 +27,8 @@ from ..adaptive import AdaptiveRankTuner, ShrinkPolicy, check_step
 from ..growing import (
     active_data_parallel,
     check_rebuildable,
-    holds,
-    optimizer_of,
+    hold,
+    optimizers_of,
     rebuild_data_parallel,
     remember_optimizers,
 )
@@ -195,7 +195,7 @@ class InRankTraining(AdaptiveRankTuner):
     def _check(self, name: str, optimizer: Optimizer | None) -> None:
         """Decide the rank of every module that can grow, the same on every process, and widen."""
         clock, config, layers = self.clock(name), self.peft_config[name], self.adapter_layers(name)
-        optimizer = self._holder(name, optimizer)
+        optimizers = self._holders(name, optimizer)
         decided, shares = [], []
         for module, layer in layers.items():
             rank, share = self._decide(name, module, layer)
@@ -213,7 +213,7 @@ class InRankTraining(AdaptiveRankTuner):
             width = layer.wanted_width(name, config)
             if width > layer.width(name):
                 replacements.update(layer.widen(name, width, seed=module))
-        self._replace(replacements, optimizer)
+        self._replace(replacements, optimizers)
 
     def _decide(self, name: str, module: str, layer: InRankLinear) -> tuple[int, float]:
         """The module's next rank, and what it explains."""
@@ -242,7 +242,7 @@ class InRankTraining(AdaptiveRankTuner):
 
     def _fix_ranks(self, name: str, optimizer: Optimizer | None) -> None:
         """Cut every product that has a buffer to its rank, rotating the moments along."""
-        optimizer = self._holder(name, optimizer)
+        optimizers = self._holders(name, optimizer)
         if self.clock(name).checks == 0:
             self._check(name, optimizer)
         replacements = {}
@@ -253,14 +253,14 @@ class InRankTraining(AdaptiveRankTuner):
                     # singular vectors have no sign, and moments have to follow those that all processes get
                     _from_first_process(tensor)
                 replacements.update(layer.truncate(name, cut))
-        self._replace(replacements, optimizer)
+        self._replace(replacements, optimizers)
 
-    def _holder(self, name: str, optimizer: Optimizer | None) -> Optimizer | None:
-        """The optimizer that has to follow when parameters are replaced; None if nobody trains them yet."""
+    def _holders(self, name: str, optimizer: Optimizer | None) -> list[Optimizer]:
+        """The optimizers that have to follow when parameters are replaced; empty if nobody trains them yet."""
         layers = self.adapter_layers(name).values()
         factors = [getattr(layer, part)[name] for layer in layers for part in layer.adapter_layer_names]
-        optimizer = optimizer_of(factors[0]) if optimizer is None else unwrap_optimizer(optimizer)
-        if not (all(p.grad is None for p in factors) if optimizer is None else holds(optimizer, factors)):
+        optimizers = optimizers_of(factors) if optimizer is None else [unwrap_optimizer(optimizer)]
+        if not (hold(optimizers, factors) if optimizers else all(p.grad is None for p in factors)):
             raise RuntimeError(
                 f"The parameters of adapter {name!r} change their size, and the optimizer that trains them has to follow: "
                 "call `update_and_allocate(step, optimizer)` and `finalize(optimizer)` with the optimizer that holds them."
@@ -268,12 +268,12 @@ class InRankTraining(AdaptiveRankTuner):
         wrapper = self._wrapper()
         if wrapper is not None:
             check_rebuildable(wrapper)
-        return optimizer
+        return optimizers
 
-    def _replace(self, replacements: Mapping[nn.Parameter, Replacement], optimizer: Optimizer | None) -> None:
+    def _replace(self, replacements: Mapping[nn.Parameter, Replacement], optimizers: list[Optimizer]) -> None:
         if not replacements:
             return
-        if optimizer is not None:
+        for optimizer in optimizers:
             replace_parameters(optimizer, replacements)
         wrapper = self._wrapper()
         if wrapper is not None:
