@@ -7,7 +7,9 @@ import json
 import subprocess
 import sys
 import textwrap
+import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +26,14 @@ from runs import (
     WARMUP,
     Interrupted,
     StopAt,
+    adam,
     adapted,
     assert_close,
     config,
     logits,
     make_trainer,
     modules_of,
+    steps_by_hand,
     train,
     weights,
 )
@@ -346,6 +350,54 @@ def test_a_best_model_with_masked_ranks_is_compacted(tmp_path: Path) -> None:
     ranks = get_rank_pattern(model)
     assert 28 < sum(ranks.values()) < 56
     assert sum(p.numel() for n, p in model.named_parameters() if "salientlora_E" in n) == sum(ranks.values())
+
+
+# ---- another length of the training ----
+
+
+FRACTIONS = {"warmup_steps": None, "allocation_steps": None}
+
+
+@pytest.mark.parametrize("shrink", [True, False], ids=["shrunk", "masked"])
+@pytest.mark.parametrize("old", [12, 40, 100])
+@pytest.mark.parametrize("new", [14, 24, 80])
+def test_a_training_of_another_length_meets_the_budget(old: int, new: int, shrink: bool, tmp_path: Path) -> None:
+    """Whatever the old plan has decided by then: ranks never come back, and the last decision is owed until it is taken."""
+    for stop in sorted({2, old // 3, old - 5}):
+        model = adapted(LLAMA, **FRACTIONS)
+        model.base_model.resolve_schedule(old)
+        steps_by_hand(model, LLAMA, 1, stop, adam(model), shrink)
+        before = sum(get_rank_pattern(model).values())
+        model.save_pretrained(tmp_path / str(stop))
+        model = PeftModel.from_pretrained(LLAMA.make_model(), str(tmp_path / str(stop)), is_trainable=True)
+        model.base_model.resolve_schedule(new)
+        optimizer = adam(model)
+        for step in range(stop + 1, new + 1):
+            steps_by_hand(model, LLAMA, step, step, optimizer, shrink)
+            before, last = sum(get_rank_pattern(model).values()), before
+            assert 28 <= before <= last
+        # no room is left where the new training ends where the old one stopped, or before
+        with (
+            pytest.warns(UserWarning, match=f"cut short at step {max(stop, new)}, before its last window")
+            if before > 28
+            else nullcontext()
+        ):
+            model.base_model.finalize(optimizer)
+        assert before == 28 or new < stop + 3
+        assert sum(get_rank_pattern(model).values()) == 28, (old, stop, new)
+
+
+@pytest.mark.parametrize(("old", "stop", "new"), [(40, 11, 100), (100, 30, 40), (40, 19, 20)])
+def test_the_trainer_goes_on_with_another_length(old: int, stop: int, new: int, tmp_path: Path) -> None:
+    model = adapted(LLAMA, **FRACTIONS)
+    callbacks = [RankAllocationCallback(log=False), StopAt(stop)]
+    with pytest.raises(Interrupted):
+        train(model, LLAMA, tmp_path, callbacks=callbacks, max_steps=old, save_strategy="steps", save_steps=stop)
+    checkpoint, fresh = str(tmp_path / f"checkpoint-{stop}"), adapted(LLAMA, **FRACTIONS)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="The allocation of adapter")
+        train(fresh, LLAMA, tmp_path, max_steps=new, resume=checkpoint)
+    assert sum(get_rank_pattern(fresh).values()) == 28
 
 
 # ---- stopping early ----

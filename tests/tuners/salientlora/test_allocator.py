@@ -18,6 +18,7 @@ from transformers import TrainerCallback
 from peft_rank import RankAllocationCallback, SalientLoRAConfig, get_rank_pattern
 from peft_rank.allocation.budget import keep_top
 from peft_rank.allocation.salience import salience_scores
+from peft_rank.allocation.schedule import Decision
 from peft_rank.tuners.salientlora.allocator import RankAllocator
 from runs import DECISIONS, WARMUP, adam, adapted, assert_close, config, modules_of, steps_by_hand, train, weights
 from tiny_models import TINY_MODELS
@@ -117,6 +118,19 @@ def test_min_r_is_kept() -> None:
             allocator.decide(decision)
             allocator.remove_dead()
     assert min(allocator.sizes) >= 1 and sum(allocator.sizes) == 8
+
+
+@pytest.mark.parametrize("reference", [True, False])
+def test_a_budget_above_what_is_left_keeps_all_of_it(reference: bool) -> None:
+    """As after a resume under another plan, and where the released rule has kept fewer than its budget."""
+    allocator = make_allocator(reference=reference)
+    for step, budget in ((10, 6), (20, 9), (30, 5)):
+        left = allocator.total
+        for s in range(step - 4, step):
+            record(allocator, s)
+        keep = allocator.decide(Decision(step, 4, budget))
+        assert keep.sum() == min(left, budget) == allocator.total
+        allocator.remove_dead()
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

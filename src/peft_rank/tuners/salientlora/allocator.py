@@ -14,7 +14,7 @@ import torch
 
 from peft_rank.allocation.budget import keep_top
 from peft_rank.allocation.salience import salience_scores
-from peft_rank.allocation.schedule import AllocationSchedule, Decision
+from peft_rank.allocation.schedule import SHORTEST_LAST_WINDOW, AllocationSchedule, Decision
 
 from ..packing import pack_state, read_state
 from ..sharding import is_distributed
@@ -77,13 +77,24 @@ class RankAllocator:
 
     @property
     def pending(self) -> list[Decision]:
-        return [decision for decision in self.decisions if decision.step > self.decided_step]
+        """Decisions still to be taken. The last one is owed until the budget is met: where a training goes on under a shorter
+        plan than it began with, all of them may lie before what was decided."""
+        later = [decision for decision in self.decisions if decision.step > self.decided_step]
+        met = self.config.reference or self.total <= self.target_total
+        return later if later or met else self.decisions[-1:]
 
     @property
     def budget(self) -> int:
         """Budget of the last decision, or the total before the first."""
         taken = [decision.budget for decision in self.decisions if decision.step <= self.decided_step]
-        return taken[-1] if taken else self.total
+        budget = taken[-1] if taken else self.total
+        # of a longer plan than the training began with it may be above what is left; the released rule may keep fewer
+        return budget if self.config.reference else min(budget, self.total)
+
+    @property
+    def has_window(self) -> bool:
+        """Whether anything was recorded since the last decision."""
+        return self._rows > 0
 
     @property
     def window_length(self) -> int:
@@ -149,9 +160,13 @@ class RankAllocator:
         self._gradient = None if self._gradient is None else self._gradient.to(device)
 
     def due(self, step: int) -> Decision | None:
-        """The decision to take after `step`: the last one whose time has come, if anything was recorded for it."""
+        """The decision to take after `step`: the last one whose time has come, if anything was recorded for it. One that is
+        owed, see `pending`, waits for a window."""
         late = [decision for decision in self.pending if decision.step <= step]
-        return late[-1] if late and self._rows else None
+        if not late:
+            return None
+        owed = late[-1].step <= self.decided_step
+        return late[-1] if self._rows >= (SHORTEST_LAST_WINDOW if owed else 1) else None
 
     @property
     def has_gradient(self) -> bool:
@@ -183,16 +198,17 @@ class RankAllocator:
             magnitude_scope=config.magnitude_scope,
             reference=config.reference,
         )
-        keep = keep_top(
-            scores, decision.budget, self.sizes, alive=alive, min_r=config.min_r, reference=config.reference
-        )
+        # after a resume under another plan a budget may be above the ranks that are left; the released rule, which may
+        # keep fewer than its budget, counts pruned ranks
+        budget = min(decision.budget, len(scores) if config.reference else self.total)
+        keep = keep_top(scores, budget, self.sizes, alive=alive, min_r=config.min_r, reference=config.reference)
         if is_distributed():
             # equal inputs may still be summed in another order elsewhere
             keep = keep.to(torch.uint8)
             torch.distributed.broadcast(keep, src=0)
         keep = keep.cpu().bool()
         self.alive &= keep
-        self.decided_step = decision.step
+        self.decided_step = max(self.decided_step, decision.step)
         self._rows = 0
         return keep
 

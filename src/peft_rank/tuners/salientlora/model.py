@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import defaultdict
 from typing import Any
 
 import torch
@@ -11,13 +12,16 @@ from peft.utils import (
     TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING,
     get_quantization_kwargs,
 )
+from peft.utils.integrations import check_deepspeed_zero3_enabled
 from peft.utils.other import get_pattern_key
 from torch import nn
 
 from ..additive import AdditiveTuner, check_linear, check_widths, find_tuner, named_layers
 from ..names import plain_name
+from ..sharding import is_sharded
 from .checkpoint import to_checkpoint
 from .config import SalientLoRAConfig
+from .functional import prepare_updates, with_pending
 from .layer import SalientLoRALayer, SalientLoRALinear
 from .training import SalientLoRATraining
 
@@ -50,6 +54,14 @@ class SalientLoRAModel(AdditiveTuner, SalientLoRATraining):
     tuner_layer_cls = SalientLoRALayer
     target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._prepared_layers: list[SalientLoRALayer] = []
+        self._hooks = (
+            self.model.register_forward_pre_hook(self._prepare_updates),
+            self.model.register_forward_hook(self._forget_updates, always_call=True),
+        )
+
     def _create_and_replace(
         self,
         config: SalientLoRAConfig,
@@ -76,6 +88,44 @@ class SalientLoRAModel(AdditiveTuner, SalientLoRATraining):
     ) -> SalientLoRALinear:
         config.fan_in_fan_out = check_linear(target, config.fan_in_fan_out, **kwargs)
         return SalientLoRALinear(target, adapter_name, config=config, **kwargs)
+
+    def _prepare_updates(self, *_: Any) -> None:
+        """Before the model's forward: cast the factors of all layers at once. A hook, since `PeftModel` calls the model
+        itself where no task type is configured."""
+        # ZeRO-3 gathers every weight that is looked at here, and keeps it for the whole forward pass
+        if torch.compiler.is_compiling() or len(self.active_adapters) != 1 or check_deepspeed_zero3_enabled():
+            return
+        name = self.active_adapters[0]
+        by_dtype: dict[torch.dtype, list[SalientLoRALayer]] = defaultdict(list)
+        for layer in self.adapter_layers(name).values():
+            # the layers alone know which adapter is active where transformers manages them
+            if not layer.disable_adapters and not layer.merged and layer.active_adapters == [name]:
+                dtype = layer.fused_dtype(name)
+                # FSDP gathers its parts later, block by block
+                if dtype is not None and not is_sharded(layer.stored(name).E):
+                    by_dtype[dtype].append(layer)
+        for dtype, layers in by_dtype.items():
+            if layers[0].has_pending(name):
+                pending = [layer.pending(name) for layer in layers]
+                factors = with_pending(name, [layer.stored(name) for layer in layers], pending)
+            else:
+                factors = [layer.factors(name) for layer in layers]
+            scalings = [layer.salientlora_scaling[name] for layer in layers]
+            for layer, update in zip(layers, prepare_updates(factors, scalings, dtype), strict=True):
+                layer._prepared[name] = update
+                self._prepared_layers.append(layer)
+
+    def _forget_updates(self, *_: Any) -> None:
+        """After it: they are the parameters' values of that forward pass; what is recomputed later casts for itself."""
+        for layer in self._prepared_layers:
+            layer._prepared.clear()
+        self._prepared_layers.clear()
+
+    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
+        model = super()._unload_and_optionally_merge(*args, **kwargs)
+        for hook in self._hooks:
+            hook.remove()
+        return model
 
     def living_ranks(self) -> dict[str, list[int]]:
         name = (self._trained_adapters() or self.active_adapters)[0]

@@ -4,13 +4,11 @@
 from __future__ import annotations
 
 import warnings
-from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft.utils import load_peft_weights
-from peft.utils.integrations import check_deepspeed_zero3_enabled
 from torch import nn
 from torch.optim import Optimizer
 from transformers.trainer_pt_utils import get_model_param_count
@@ -18,12 +16,10 @@ from transformers.trainer_pt_utils import get_model_param_count
 from peft_rank.orthogonality import orthogonality, orthogonality_gradient
 
 from ..adaptive import AdaptiveRankTuner, ShrinkPolicy, add_to_gradients, check_step
-from ..sharding import gather, in_full_precision, is_distributed, is_sharded
+from ..sharding import gather, in_full_precision, is_distributed
 from ..shrinking import can_slice_state, swap_parameters, unwrap_optimizer
 from .allocator import RankAllocator
 from .checkpoint import exact_rank_pattern
-from .functional import prepare_updates, with_pending
-from .layer import SalientLoRALayer
 
 
 class SalientLoRATraining(AdaptiveRankTuner):
@@ -36,11 +32,6 @@ class SalientLoRATraining(AdaptiveRankTuner):
         self._allocators: dict[str, RankAllocator] = {}
         self._loss_scale = 1.0  # of the gradients that are watched
         super().__init__(*args, **kwargs)
-        self._prepared_layers: list[SalientLoRALayer] = []
-        self._hooks = (
-            self.model.register_forward_pre_hook(self._prepare_updates),
-            self.model.register_forward_hook(self._forget_updates, always_call=True),
-        )
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
@@ -74,44 +65,6 @@ class SalientLoRATraining(AdaptiveRankTuner):
             else:
                 plans.append(f"{name}: {allocator.plan(total_steps)}")
         return "\n".join(plans)
-
-    def _prepare_updates(self, *_: Any) -> None:
-        """Before the model's forward: cast the factors of all layers at once. A hook, since `PeftModel` calls the model
-        itself where no task type is configured."""
-        # ZeRO-3 gathers every weight that is looked at here, and keeps it for the whole forward pass
-        if torch.compiler.is_compiling() or len(self.active_adapters) != 1 or check_deepspeed_zero3_enabled():
-            return
-        name = self.active_adapters[0]
-        by_dtype: dict[torch.dtype, list[SalientLoRALayer]] = defaultdict(list)
-        for layer in self.adapter_layers(name).values():
-            # the layers alone know which adapter is active where transformers manages them
-            if not layer.disable_adapters and not layer.merged and layer.active_adapters == [name]:
-                dtype = layer.fused_dtype(name)
-                # FSDP gathers its parts later, block by block
-                if dtype is not None and not is_sharded(layer.stored(name).E):
-                    by_dtype[dtype].append(layer)
-        for dtype, layers in by_dtype.items():
-            if layers[0].has_pending(name):
-                pending = [layer.pending(name) for layer in layers]
-                factors = with_pending(name, [layer.stored(name) for layer in layers], pending)
-            else:
-                factors = [layer.factors(name) for layer in layers]
-            scalings = [layer.salientlora_scaling[name] for layer in layers]
-            for layer, update in zip(layers, prepare_updates(factors, scalings, dtype), strict=True):
-                layer._prepared[name] = update
-                self._prepared_layers.append(layer)
-
-    def _forget_updates(self, *_: Any) -> None:
-        """After it: they are the parameters' values of that forward pass; what is recomputed later casts for itself."""
-        for layer in self._prepared_layers:
-            layer._prepared.clear()
-        self._prepared_layers.clear()
-
-    def _unload_and_optionally_merge(self, *args: Any, **kwargs: Any) -> nn.Module:
-        model = super()._unload_and_optionally_merge(*args, **kwargs)
-        for hook in self._hooks:
-            hook.remove()
-        return model
 
     def add_regularization_gradient(self) -> None:
         for name in self._trained_adapters():
@@ -308,12 +261,14 @@ class SalientLoRATraining(AdaptiveRankTuner):
         if not allocator.pending:
             return
         last = allocator.pending[-1]
+        owed = last.step <= allocator.last_step
+        end = "before its last window was recorded" if owed else f"before its end at step {last.step}"
         warnings.warn(
-            f"The allocation of adapter {name!r} was cut short at step {allocator.last_step}, before its end at step "
-            f"{last.step}. The last decision, to {last.budget} ranks, is taken now.",
+            f"The allocation of adapter {name!r} was cut short at step {allocator.last_step}, {end}. The last decision, to "
+            f"{last.budget} ranks, is taken now.",
             stacklevel=2,
         )
-        if allocator.due(last.step) is None:
+        if not allocator.has_window:
             self._record(name)
         self._prune(name, allocator.decide(last))
 
