@@ -140,6 +140,32 @@ def test_any_dtype_is_recorded_in_float32(dtype: torch.dtype) -> None:
     assert allocator._window.dtype == torch.float32
 
 
+def test_defaults_of_torch_change_nothing() -> None:
+    usual, unusual = make_allocator(), None
+    before = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        with torch.device("meta"):
+            unusual = make_allocator()
+            for step in (6, 7, 8, 9):
+                with torch.device("cpu"):
+                    torch.set_default_dtype(torch.float32)
+                    values, orthogonality, gradient = series(step), torch.tensor(1.0 / step), gradients(step)
+                    record(usual, step)
+                    torch.set_default_dtype(torch.bfloat16)
+                unusual.record(list(values.split(SIZES)), orthogonality, gradient)
+            assert torch.equal(usual.pack(), unusual.pack())
+            unusual.decide(unusual.due(9))
+            unusual.remove_dead()
+            packed = unusual.pack()
+            unusual.unpack(packed, unusual.sizes)
+    finally:
+        torch.set_default_dtype(before)
+    usual.decide(usual.due(9))
+    usual.remove_dead()
+    assert torch.equal(usual.pack(), packed) and torch.equal(usual.index, unusual.index)
+
+
 @pytest.mark.parametrize("step", [0, 5, 7, 9, 10, 20, 30])
 def test_a_packed_state_goes_on_like_the_original(step: int) -> None:
     def advance(allocator: RankAllocator, first: int, last: int) -> None:
@@ -313,7 +339,7 @@ def test_what_ranks_are_compared_by(start: str | bool, gradient: str) -> None:
                 E.grad = torch.randn_like(E) * (gradient == "random")
             seen += torch.cat([E.grad.abs() for E in parameters])
         # E alone, though something has been trained, is told of
-        gone = step in budgets and (start, gradient) == (False, "none")
+        gone = step in budgets and start is False and gradient != "random"
         with pytest.warns(UserWarning, match="by E alone") if gone else nullcontext():
             tuner.update_and_allocate(step)
         if step in budgets:
@@ -341,6 +367,36 @@ def test_an_early_end_compares_by_the_gradients_of_the_last_window() -> None:
     with pytest.warns(UserWarning, match="cut short"):
         tuner.finalize(compact=False)
     assert torch.equal(tuner.allocator("default").alive.nonzero().squeeze(1), kept.sort().values)
+
+
+def test_gradients_that_went_missing_are_told_of_and_not_replaced_by_old_ones() -> None:
+    """Each window is weighed by its own gradients, or by none."""
+    model = adapted(LLAMA, salience_lambda=1.0)
+    tuner, optimizer = model.base_model, adam(model)
+    steps_by_hand(model, LLAMA, 1, DECISIONS[0], optimizer)
+    allocator = tuner.allocator("default")
+    assert allocator.gradient is not None
+    layers = tuner.adapter_layers("default").values()
+    for step in range(DECISIONS[0] + 1, DECISIONS[1]):
+        tuner.update_and_allocate(step)
+        assert allocator.gradient is None
+    alive, values = allocator.alive, torch.cat([layer.stored("default").E.detach().abs() for layer in layers])
+    with pytest.warns(UserWarning, match="by E alone"):
+        tuner.update_and_allocate(DECISIONS[1])
+    kept = torch.where(alive, values, -1.0).topk(allocator.total).indices
+    assert torch.equal(allocator.alive.nonzero().squeeze(1), kept.sort().values)
+    # back again in the middle of a window
+    tuner.update_and_allocate(DECISIONS[1] + 1)
+    seen = [layer.stored("default").E for layer in layers]
+    for E in seen:
+        E.grad = torch.randn_like(E)
+    tuner.update_and_allocate(DECISIONS[1] + 2)
+    assert torch.equal(allocator.gradient, torch.cat([E.grad.abs() for E in seen]))
+    for E in seen:
+        E.grad = None
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tuner.update_and_allocate(DECISIONS[2])
 
 
 class Gradients(TrainerCallback):

@@ -44,8 +44,9 @@ class RankAllocator:
         self.config = config
         self.initial_sizes = list(sizes)
         self.sizes = list(sizes)
-        self.index = torch.arange(sum(sizes))
-        self.alive = torch.ones(sum(sizes), dtype=torch.bool)
+        # dtypes and devices are given throughout: torch's defaults are the user's to change
+        self.index = torch.arange(sum(sizes), device="cpu")
+        self.alive = torch.ones(sum(sizes), dtype=torch.bool, device="cpu")
         self.last_step = 0
         self.recorded = 0
         self.decided_step = -1
@@ -54,8 +55,8 @@ class RankAllocator:
         self.schedule: AllocationSchedule | None = None
         self.decisions: list[Decision] = []
         self._rows = 0
-        self._window = torch.empty(0, sum(sizes))
-        self._regularizer = torch.empty(0)
+        self._window = torch.empty(0, sum(sizes), dtype=torch.float32, device="cpu")
+        self._regularizer = torch.empty(0, dtype=torch.float32, device="cpu")
         # (N,), absolute values, summed over the window; that of the last one until the next begins
         self._gradient: torch.Tensor | None = None
 
@@ -135,6 +136,8 @@ class RankAllocator:
         """Append a step to the window: the singular values, one (r,) tensor a module, the regularizer's value, a scalar, and
         the gradient of the singular values, (N,), if they are to be weighed by it."""
         device = regularizer.device
+        if self._rows == 0:
+            self._gradient = None
         if self._rows == len(self._window) or self._window.device != device:
             self._reserve(device)
         if len({value.device for value in values}) > 1:
@@ -143,8 +146,7 @@ class RankAllocator:
         self._regularizer[self._rows] = regularizer
         if gradient is not None:
             gradient = gradient.abs().to(device)
-            begins = self._rows == 0 or self._gradient is None
-            self._gradient = gradient if begins else self._gradient.add_(gradient)
+            self._gradient = gradient if self._gradient is None else self._gradient.add_(gradient)
         self._rows += 1
         self.recorded += 1
 
@@ -152,8 +154,8 @@ class RankAllocator:
         """Rows for the longest window still to come, on `device`, keeping what is recorded."""
         longest = max([decision.window for decision in self.pending], default=1)
         capacity = max(longest, self._rows + 1)
-        window = torch.empty(capacity, len(self.index), device=device)
-        regularizer = torch.empty(capacity, device=device)
+        window = torch.empty(capacity, len(self.index), dtype=torch.float32, device=device)
+        regularizer = torch.empty(capacity, dtype=torch.float32, device=device)
         window[: self._rows] = self._window[: self._rows].to(device)
         regularizer[: self._rows] = self._regularizer[: self._rows].to(device)
         self._window, self._regularizer = window, regularizer
@@ -169,9 +171,10 @@ class RankAllocator:
         return late[-1] if self._rows >= (SHORTEST_LAST_WINDOW if owed else 1) else None
 
     @property
-    def has_gradient(self) -> bool:
-        """Whether values can be weighed by their gradients."""
-        return self._gradient is not None
+    def gradient(self) -> torch.Tensor | None:
+        """(N,) absolute gradients of the values, summed over the window, or until the next begins over the last one; None
+        where there is nothing to weigh by: no gradient came, or only zeros, as `zero_grad(set_to_none=False)` leaves."""
+        return None if self._gradient is None or not self._gradient.any() else self._gradient
 
     def decide(self, decision: Decision) -> torch.Tensor:
         """(N,) bool on the CPU: the ranks to keep, of those that exist. Clears the window; the same on every process.
@@ -183,9 +186,9 @@ class RankAllocator:
         config = self.config
         device = self._window.device
         alive = self.alive.to(device)
-        window = self._window[: self._rows]
-        if self._gradient is not None and self._gradient.any():
-            window = window * self._gradient
+        window, gradient = self._window[: self._rows], self.gradient
+        if gradient is not None:
+            window = window * gradient
         scores = salience_scores(
             window,
             self._regularizer[: self._rows],
@@ -226,7 +229,7 @@ class RankAllocator:
         self._gradient = None if self._gradient is None else self._gradient[alive]
         self.sizes = [int(mask.sum()) for mask in masks]
         self.index = self.index[self.alive]
-        self.alive = torch.ones(len(self.index), dtype=torch.bool)
+        self.alive = torch.ones(len(self.index), dtype=torch.bool, device="cpu")
         return masks
 
     def pack(self) -> torch.Tensor:
@@ -234,8 +237,8 @@ class RankAllocator:
         tensors = {
             "index": self.index,
             "alive": self.alive,
-            "sizes": torch.tensor(self.sizes),
-            "initial_sizes": torch.tensor(self.initial_sizes),
+            "sizes": torch.tensor(self.sizes, device="cpu"),
+            "initial_sizes": torch.tensor(self.initial_sizes, device="cpu"),
             "window": self._window[: self._rows].cpu().contiguous(),
             "regularizer": self._regularizer[: self._rows].cpu().contiguous(),
         }

@@ -156,13 +156,16 @@ class SalientLoRATraining(AdaptiveRankTuner):
                 f"The allocation has no schedule: `resolve_schedule` was not called. {error}"
             ) from error
 
-    def _record(self, adapter_name: str) -> None:
+    def _record(self, adapter_name: str, at_hand: torch.Tensor | None = None) -> None:
+        """Append the present state to the window; `at_hand` stands in for the gradient of E where that is gone."""
         down, up, alive = self._factors(adapter_name)
         values = gather(in_full_precision(self._stored(adapter_name)[1]))
         values = [E if mask is None else E * mask.to(E) for E, mask in zip(values, alive, strict=True)]
-        gradient = (
-            self._gradient_of_E(adapter_name, values) if self.peft_config[adapter_name].weighs_gradients else None
-        )
+        gradient = None
+        if self.peft_config[adapter_name].weighs_gradients:
+            gradient = self._gradient_of_E(adapter_name, values)
+            if at_hand is not None and (gradient is None or not gradient.any()):
+                gradient = at_hand
         self.allocator(adapter_name).record(values, orthogonality(down, up, alive), gradient)
 
     def _gradient_of_E(self, adapter_name: str, values: list[torch.Tensor]) -> torch.Tensor | None:
@@ -190,7 +193,7 @@ class SalientLoRATraining(AdaptiveRankTuner):
         # as long as B is 0 nothing has been trained
         if (
             weighs
-            and not self.allocator(adapter_name).has_gradient
+            and self.allocator(adapter_name).gradient is None
             and any(B.any() for B in self._factors(adapter_name)[1])
         ):
             warnings.warn(
@@ -269,7 +272,9 @@ class SalientLoRATraining(AdaptiveRankTuner):
             stacklevel=2,
         )
         if not allocator.has_window:
-            self._record(name)
+            # nothing has been trained since the last decision, so that its gradients are the latest
+            self._record(name, allocator.gradient)
+        self._warn_if_without_gradient(name)
         self._prune(name, allocator.decide(last))
 
     @property
