@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -23,6 +24,10 @@ LLAMA = TINY_MODELS["llama"]
 
 def trained(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if p.requires_grad]
+
+
+def _named(model: nn.Module, pattern: str) -> list[nn.Parameter]:
+    return [p for name, p in model.named_parameters() if re.search(pattern, name)]
 
 
 def run(make: Callable, shrink: bool, last: int = 20, finalize: bool = True) -> tuple[PeftModel, Any]:
@@ -103,6 +108,46 @@ def test_an_optimizer_with_factored_state_keeps_masks() -> None:
     model.base_model.finalize(optimizer)
     assert sum(p.numel() for name, p in model.named_parameters() if "salientlora_E" in name) == 28
     assert_close(logits(model, LLAMA), before, 1e-6)
+
+
+class Wrapped(torch.optim.Optimizer):
+    """Shares the groups of an optimizer that makes the steps, as wrappers do."""
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        super().__init__(optimizer.param_groups, {})
+        self.inner = optimizer
+        self.param_groups = optimizer.param_groups
+
+    def step(self, closure: Any = None) -> None:
+        self.inner.step()
+
+
+def _lbfgs(model: PeftModel) -> torch.optim.Optimizer:
+    head = model.get_base_model().lm_head.weight.requires_grad_(True)
+    return torch.optim.LBFGS([head, *(p for p in trained(model) if p is not head)], lr=1e-3, max_iter=1)
+
+
+PARTIAL = {
+    "only E": lambda model: torch.optim.AdamW(_named(model, "salientlora_E")),
+    "all but E": lambda model: torch.optim.AdamW(_named(model, "salientlora_[AB]")),
+    "own list": _lbfgs,
+    "wrapper": lambda model: Wrapped(adam(model)),
+}
+
+
+@pytest.mark.parametrize("make", PARTIAL.values(), ids=PARTIAL.keys())
+def test_an_optimizer_that_would_lose_parameters_keeps_masks(make: Callable) -> None:
+    """Narrower parameters would not be in the other optimizer, in its own list or in the one that it wraps."""
+    model = adapted(LLAMA)
+    optimizer, factors = make(model), [p for name, p in model.named_parameters() if "salientlora" in name]
+    for step in range(1, 21):
+        loss = model(**LLAMA.make_batch(8, seed=step)).loss
+        loss.backward()
+        optimizer.step(lambda loss=loss: loss)
+        model.base_model.update_and_allocate(step, optimizer)
+        model.zero_grad()
+    live = {id(p) for p in model.parameters()}
+    assert sum(get_rank_pattern(model).values()) == 28 and all(id(p) in live for p in factors)
 
 
 def test_the_last_policy_shrinks_at_the_end_of_the_allocation() -> None:

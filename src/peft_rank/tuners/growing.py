@@ -15,7 +15,7 @@ from torch.utils.hooks import RemovableHandle
 
 from peft_rank.decomposition.product import Truncation
 
-from .shrinking import Replacement
+from .shrinking import Replacement, held
 
 
 # elementwise state of optimizers that is known to follow its parameter: means of gradients, and of their squares
@@ -104,17 +104,7 @@ def optimizers_of(parameters: Iterable[nn.Parameter]) -> list[Optimizer]:
     """The optimizers that made a step and hold some of the parameters, for loops that do not pass theirs. All of them: which
     will make the next step, and which is merely not gone yet, cannot be told."""
     wanted = {id(parameter) for parameter in parameters}
-    return [optimizer for optimizer in _stepped if wanted & _held(optimizer)]
-
-
-def hold(optimizers: Iterable[Optimizer], parameters: Iterable[nn.Parameter]) -> bool:
-    """Whether all of these parameters are in groups of the optimizers."""
-    held = set().union(*map(_held, optimizers))
-    return all(id(parameter) in held for parameter in parameters)
-
-
-def _held(optimizer: Optimizer) -> set[int]:
-    return {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+    return [optimizer for optimizer in _stepped if wanted & held(optimizer)]
 
 
 def active_data_parallel() -> DistributedDataParallel | None:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 
 import torch
@@ -19,6 +19,49 @@ def unwrap_optimizer(optimizer: Optimizer) -> Optimizer:
     from accelerate.optimizer import AcceleratedOptimizer
 
     return optimizer.optimizer if isinstance(optimizer, AcceleratedOptimizer) else optimizer
+
+
+def held(*optimizers: Optimizer) -> set[int]:
+    """Ids of the parameters in groups of the optimizers."""
+    groups = (group for optimizer in optimizers for group in optimizer.param_groups)
+    return {id(parameter) for group in groups for parameter in group["params"]}
+
+
+def hold(optimizers: Iterable[Optimizer], parameters: Iterable[nn.Parameter]) -> bool:
+    """Whether all of these parameters are in groups of the optimizers."""
+    known = held(*optimizers)
+    return all(id(parameter) in known for parameter in parameters)
+
+
+def can_follow(optimizer: Optimizer, parameters: list[nn.Parameter]) -> bool:
+    """Whether the optimizer goes on exactly with narrower parameters in the place of these: it holds all that are trained,
+    keeps none beside its groups and its state, and that state can be cut."""
+    trained = [parameter for parameter in parameters if parameter.requires_grad]
+    beside = _kept_beside(optimizer)
+    return (
+        hold([optimizer], trained)
+        and not any(id(parameter) in beside for parameter in trained)
+        and can_slice_state(optimizer, parameters)
+    )
+
+
+def _kept_beside(optimizer: Optimizer) -> set[int]:
+    """Ids of what the optimizer keeps in lists, mappings and optimizers of its own: LBFGS a list of its parameters, wrappers
+    an optimizer that they wrap. Nobody could put another parameter there."""
+    todo = [value for name, value in vars(optimizer).items() if name not in ("param_groups", "state")]
+    found: set[int] = set()
+    while todo:
+        value = todo.pop()
+        if id(value) in found:
+            continue
+        found.add(id(value))
+        if isinstance(value, Mapping):
+            todo.extend([*value.keys(), *value.values()])
+        elif isinstance(value, (list, tuple, set)):
+            todo.extend(value)
+        elif isinstance(value, Optimizer):
+            todo.extend(vars(value).values())
+    return found
 
 
 def can_slice_state(optimizer: Optimizer, parameters: list[nn.Parameter]) -> bool:

@@ -27,7 +27,6 @@ from ..adaptive import AdaptiveRankTuner, ShrinkPolicy, check_step
 from ..growing import (
     active_data_parallel,
     check_rebuildable,
-    hold,
     optimizers_of,
     rebuild_data_parallel,
     remember_optimizers,
@@ -36,7 +35,7 @@ from ..lowrank.entry import record_compression
 from ..lowrank.linear import LowRankLinear
 from ..names import exact_pattern
 from ..sharding import is_distributed
-from ..shrinking import Replacement, replace_parameters, unwrap_optimizer
+from ..shrinking import Replacement, hold, replace_parameters, unwrap_optimizer
 from .layer import InRankFactors, InRankLinear
 
 

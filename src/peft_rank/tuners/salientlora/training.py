@@ -17,7 +17,7 @@ from peft_rank.orthogonality import orthogonality, orthogonality_gradient
 
 from ..adaptive import AdaptiveRankTuner, ShrinkPolicy, add_to_gradients, check_step
 from ..sharding import gather, in_full_precision, is_distributed
-from ..shrinking import can_slice_state, swap_parameters, unwrap_optimizer
+from ..shrinking import can_follow, swap_parameters, unwrap_optimizer
 from .allocator import RankAllocator
 from .checkpoint import exact_rank_pattern
 
@@ -213,7 +213,7 @@ class SalientLoRATraining(AdaptiveRankTuner):
         layers = list(self.adapter_layers(adapter_name).values())
         parameters = [getattr(layer, a)[adapter_name] for layer in layers for a in layer.adapter_layer_names]
         optimizer = None if optimizer is None else unwrap_optimizer(optimizer)
-        if training and (_is_data_parallel() or optimizer is None or not can_slice_state(optimizer, parameters)):
+        if training and (_is_data_parallel() or optimizer is None or not can_follow(optimizer, parameters)):
             return
         replacements = {}
         for layer, mask in zip(layers, self.allocator(adapter_name).remove_dead(), strict=True):
