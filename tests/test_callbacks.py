@@ -443,6 +443,27 @@ def test_ranks_jsonl_goes_on_after_a_resume(llama: TinyModel, tmp_path: Path) ->
     ]
 
 
+@pytest.mark.parametrize("damage", [b'{"step": 3, "ev', b"\n", b"\0\0\0\n", b"\xff\n", b'{"event": "log"}\n', b"[]\n"])
+def test_a_damaged_record_does_not_keep_a_training_from_resuming(
+    damage: bytes, llama: TinyModel, tmp_path: Path
+) -> None:
+    callbacks = [RankAllocationCallback(), StopAt(8)]
+    with pytest.raises(Interrupted):
+        train(adapted(llama), llama, tmp_path, callbacks=callbacks, save_strategy="steps", save_steps=8)
+    path = tmp_path / "ranks.jsonl"
+    whole = path.read_bytes()
+    path.write_bytes(whole + damage)
+    with pytest.warns(UserWarning, match=rf"1 of the .* lines in {path} are damaged"):
+        train(
+            adapted(llama),
+            llama,
+            tmp_path,
+            callbacks=[RankAllocationCallback()],
+            resume=str(tmp_path / "checkpoint-8"),
+        )
+    assert path.read_bytes().startswith(whole) and read(path)[-1]["event"] == "end"
+
+
 def test_a_fresh_start_replaces_the_file(llama: TinyModel, tmp_path: Path) -> None:
     for _ in range(2):
         train(adapted(llama), llama, tmp_path, callbacks=[RankAllocationCallback()])

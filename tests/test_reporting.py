@@ -250,6 +250,25 @@ def test_history_without_ranks_is_refused(tmp_path: Path) -> None:
         plot_ranks(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "line",
+    ["", '{"step": 3, "ran', "\0\0\0", "[1, 2]", '{"event": "log"}', '{"step": 3, "ranks": [1]}', '{"step": "a"}'],
+)
+def test_a_damaged_line_is_named(line: str, tmp_path: Path) -> None:
+    path = tmp_path / "ranks.jsonl"
+    path.write_text("\n".join([json.dumps(_history(_llama(2))[0]), line, "{}"]))
+    with pytest.raises(ValueError, match=rf"Line 2 of {path} is damaged"):
+        plot_ranks(tmp_path)
+    path.write_bytes(b"\xff\xfe\n")
+    with pytest.raises(ValueError, match=rf"Line 1 of {path} is damaged"):
+        plot_ranks(path)
+
+
+def test_ranks_pruned_before_the_first_line_that_is_left() -> None:
+    history = [{"step": step, "ranks": {"0.q": 4 - step}, "pruned": {"0.q": [4 - step]}} for step in (1, 2, 3)]
+    assert fates_of(history).modules == {"0.q": [None, 3, 2, None]}
+
+
 def test_matplotlib_is_only_needed_for_pictures() -> None:
     program = (
         "import sys; sys.modules['matplotlib'] = None\n"

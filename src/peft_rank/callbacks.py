@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from .ranks import get_rank_pattern
-from .reporting.picture import PICTURE_FILE, RANKS_FILE, plot_ranks
+from .reporting.picture import PICTURE_FILE, RANKS_FILE, parse_line, plot_ranks, read_lines
 from .tuners.adaptive import AdaptiveRankTuner, RankLayer
 from .tuners.shrinking import forget_other_shapes
 
@@ -256,8 +256,7 @@ class RankAllocationCallback(TrainerCallback):
         """Keep the lines up to the step that is resumed from; none at a fresh start."""
         path = self._path(args)
         path.parent.mkdir(parents=True, exist_ok=True)
-        lines = path.read_text(encoding="utf-8").splitlines() if path.exists() and state.global_step else []
-        kept = [line for line in lines if json.loads(line)["step"] <= state.global_step]
+        kept = _lines_until(state.global_step, path) if path.exists() and state.global_step else []
         partial = path.with_suffix(".partial")
         partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
         os.replace(partial, path)
@@ -266,6 +265,24 @@ class RankAllocationCallback(TrainerCallback):
     def _write(self, args: TrainingArguments, line: dict[str, Any]) -> None:
         with self._path(args).open("a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
+
+
+def _lines_until(step: int, path: Path) -> list[str]:
+    """The lines of a record up to a step. Damaged ones are left out: no log decides whether a training resumes."""
+    kept, lines = [], read_lines(path)
+    damaged = 0
+    for line in lines:
+        try:
+            if parse_line(line)["step"] <= step:
+                kept.append(line)
+        except ValueError:
+            damaged += 1
+    if damaged:
+        warnings.warn(
+            f"{damaged} of the {len(lines)} lines in {path} are damaged and left out. The training is not affected.",
+            stacklevel=2,
+        )
+    return kept
 
 
 def _find_tuner(model: nn.Module) -> AdaptiveRankTuner:

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,14 +71,18 @@ def fates_of(history: Iterable[Mapping[str, Any]]) -> Fates | None:
         return None
     first, last = lines[0]["ranks"], lines[-1]["ranks"]
     grows = sum(last.values()) > sum(first.values())
-    widths = {name: max(line["ranks"].get(name, 0) for line in lines) for name in last}
+    # the line that told of all ranks may be missing
+    widths = {
+        name: max(max([line["ranks"].get(name, 0), *(n + 1 for n in _pruned(line, name))]) for line in lines)
+        for name in last
+    }
     modules: dict[str, list[int | None]] = {name: [None] * width for name, width in widths.items()}
     named = any("pruned" in line for line in lines)
     before = first
     for line in lines[1:]:
         for name, fate in modules.items():
             a, b = before.get(name, 0), line["ranks"].get(name, 0)
-            changed = line.get("pruned", {}).get(name, ()) if named else range(a, b) if grows else range(b, a)
+            changed = _pruned(line, name) if named else range(a, b) if grows else range(b, a)
             for number in changed:
                 fate[number] = line["step"]
         before = line["ranks"]
@@ -88,3 +92,7 @@ def fates_of(history: Iterable[Mapping[str, Any]]) -> Fates | None:
     order = {place: i for i, place in enumerate(dict.fromkeys(places.values()))}
     names = sorted(modules, key=lambda name: order[places[name]])
     return Fates("opened" if grows else "pruned", {name: modules[name] for name in names})
+
+
+def _pruned(line: Mapping[str, Any], name: str) -> Sequence[int]:
+    return line.get("pruned", {}).get(name, ())

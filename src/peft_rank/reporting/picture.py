@@ -50,7 +50,7 @@ def plot_ranks(
 
     Raises:
         ImportError: If matplotlib is not installed.
-        ValueError: If no line of the history holds ranks.
+        ValueError: If no line of the history holds ranks, or one of the file is damaged.
     """
     try:
         from matplotlib.figure import Figure
@@ -73,9 +73,37 @@ def plot_ranks(
 def _read_history(source: str | os.PathLike[str] | Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     if not isinstance(source, (str, os.PathLike)):
         return list(source)
-    path = Path(source)
-    lines = (path / RANKS_FILE if path.is_dir() else path).read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
+    path = Path(source) / RANKS_FILE if Path(source).is_dir() else Path(source)
+    history = []
+    for number, line in enumerate(read_lines(path), start=1):
+        try:
+            history.append(parse_line(line))
+        except ValueError as error:
+            raise ValueError(f"Line {number} of {path} is damaged: {error}. Remove it.") from error
+    return history
+
+
+def read_lines(path: Path) -> list[str]:
+    """The lines of a record, whatever they hold: a crash of the machine may leave bytes that are no text."""
+    return path.read_text(encoding="utf-8", errors="replace").splitlines()
+
+
+def parse_line(line: str) -> dict[str, Any]:
+    """A line of `ranks.jsonl`.
+
+    Raises:
+        ValueError: If it is not one.
+    """
+    try:
+        content = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"it is not valid JSON ({error})") from error
+    if not isinstance(content, dict) or type(content.get("step")) is not int:
+        raise ValueError("it is no JSON object with a whole number as `step`")
+    ranks = content.get("ranks", {})
+    if not isinstance(ranks, dict) or not all(type(rank) is int for rank in ranks.values()):
+        raise ValueError("its `ranks` are no JSON object of whole numbers")
+    return content
 
 
 def _compressed(source: Any) -> tuple[dict[str, int], dict[str, float]] | None:
@@ -217,7 +245,7 @@ def _draw_totals(axes: Axes, history: list[Mapping[str, Any]]) -> None:
     points = [(line["step"], line[total]) for line in history if total in line]
     _draw_budget(axes, [(line["step"], line[budget]) for line in history if budget in line], points)
     axes.step(*zip(*points, strict=True), where="post", color=COLORS["total"], lw=1.6, label=label)
-    decisions = [(line["step"], line[total]) for line in history if line.get("event") == "decision"]
+    decisions = [(line["step"], line[total]) for line in history if line.get("event") == "decision" and total in line]
     if decisions:
         axes.plot(*zip(*decisions, strict=True), "o", color=COLORS["total"], ms=5, label="decision")
     axes.set_ylim(bottom=0, top=1.08 * max(value for _, value in points))
