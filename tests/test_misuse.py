@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from peft import PeftModel, get_peft_model
 
 from peft_rank import RankAllocationCallback, SalientLoRAConfig, get_rank_pattern
-from runs import STEPS, adapted, config, make_trainer
+from runs import STEPS, WARMUP, adam, adapted, config, make_trainer, steps_by_hand
 from tiny_models import TINY_MODELS
 
 
@@ -101,6 +102,77 @@ def test_merging_in_the_warm_up_warns_and_saving_does_not(tmp_path: Path) -> Non
         model.base_model.finalize()
     with pytest.warns(UserWarning, match="never ran"):
         model.save_pretrained(tmp_path / "given-up")
+
+
+@pytest.mark.parametrize("trainable", [True, False, None], ids=["loaded to train", "loaded for inference", "live"])
+@pytest.mark.parametrize("last", [WARMUP - 1, 7])
+def test_merging_in_the_midst_of_the_allocation_warns_once(last: int, trainable: bool | None, tmp_path: Path) -> None:
+    model = get_peft_model(LLAMA.make_model(), config(LLAMA))
+    train_by_hand(model, last, finalize=False)
+    if trainable is not None:
+        model.save_pretrained(tmp_path)
+        model = PeftModel.from_pretrained(LLAMA.make_model(), str(tmp_path), is_trainable=trainable)
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        model.merge_and_unload()
+    told = [str(warning.message) for warning in told if issubclass(warning.category, UserWarning)]
+    never = last < WARMUP and trainable is not False
+    assert (
+        len(told) == 1 and ("never ran" if never else "has not finished: adapter 'default' is merged with") in told[0]
+    )
+
+
+def test_merging_after_the_end_does_not_warn(tmp_path: Path) -> None:
+    model = get_peft_model(LLAMA.make_model(), config(LLAMA))
+    train_by_hand(model, 20)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(LLAMA.make_model(), str(tmp_path))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        for each in (model, loaded):
+            each.merge_and_unload()
+
+
+@pytest.mark.parametrize("last", [4, 7, 20])
+def test_a_plain_state_dict_goes_into_a_fresh_model(last: int) -> None:
+    """At the widths that it has; that the state of the allocation is not in it is told of where that matters."""
+    model, fresh = (get_peft_model(LLAMA.make_model(), config(LLAMA)) for _ in "ab")
+    train_by_hand(model, last, finalize=last == 20)
+    fresh.load_state_dict(model.state_dict())
+    assert get_rank_pattern(fresh) == get_rank_pattern(model)
+    batch = LLAMA.make_batch(4, seed=7)
+    assert torch.equal(fresh.eval()(**batch).logits, model.eval()(**batch).logits)
+    optimizer = adam(fresh)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        fresh.base_model.resolve_schedule(20)
+    with (
+        pytest.warns(UserWarning, match="begins at step .* save by `save_pretrained`") if last < 20 else nullcontext()
+    ):
+        steps_by_hand(fresh, LLAMA, last + 1, 21, optimizer)
+    fresh.base_model.finalize(optimizer)
+    assert total(fresh) == 2 * MODULES
+
+
+def test_a_plain_state_dict_of_an_earlier_moment_is_loaded_back() -> None:
+    model = get_peft_model(LLAMA.make_model(), config(LLAMA))
+    train_by_hand(model, 7, finalize=False)
+    before, ranks = {key: value.clone() for key, value in model.state_dict().items()}, get_rank_pattern(model)
+    steps_by_hand(model, LLAMA, 8, 12, adam(model))
+    assert get_rank_pattern(model) != ranks
+    model.load_state_dict(before)
+    assert get_rank_pattern(model) == ranks and all(map(torch.equal, before.values(), model.state_dict().values()))
+    steps_by_hand(model, LLAMA, 1, 20, adam(model))
+    assert total(model) == 2 * MODULES
+
+
+def test_a_module_without_ranks_gets_no_gradient() -> None:
+    """`clip_grad_norm_` by the largest entry, and Muon, cannot make anything of an empty one."""
+    model = get_peft_model(LLAMA.make_model(), config(LLAMA, rank_pattern={"q_proj": 0}))
+    model(**LLAMA.make_batch(4)).loss.backward()
+    model.base_model.add_regularization_gradient()
+    assert all((p.grad is None) == (p.numel() == 0) for p in model.parameters() if p.requires_grad)
+    assert torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0, norm_type=float("inf")) > 0
 
 
 def test_the_released_schedule_needs_ten_steps() -> None:

@@ -21,18 +21,21 @@ ShrinkPolicy = Literal["each", "last"]
 
 def add_to_gradients(parameters: Sequence[nn.Parameter], gradients: Sequence[Tensor]) -> None:
     """
-    Add to `.grad`, in one call.
+    Add to `.grad`, in one call. Parameters without elements get none: optimizers and clipping by the largest entry cannot
+    make anything of it.
 
     Args:
         parameters (`Sequence[torch.nn.Parameter]`): Where to; under FSDP every process has rows of them.
         gradients (`Sequence[Tensor]`): In full, the same on every process.
     """
-    for parameter in parameters:
+    pairs = [pair for pair in zip(parameters, gradients, strict=True) if pair[0].numel()]
+    for parameter, _ in pairs:
         if parameter.grad is None:
             # in the parameter's own layout, which fused optimizers insist on
             parameter.grad = torch.zeros_like(parameter)
-    parts = [own_rows(gradient, p) for gradient, p in zip(gradients, parameters, strict=True)]
-    torch._foreach_add_([own_part(parameter.grad) for parameter in parameters], parts)
+    if pairs:
+        parts = [own_rows(gradient, parameter) for parameter, gradient in pairs]
+        torch._foreach_add_([own_part(parameter.grad) for parameter, _ in pairs], parts)
 
 
 def check_step(global_step: int) -> None:

@@ -135,6 +135,26 @@ class SalientLoRAModel(AdditiveTuner, SalientLoRATraining):
         super()._check_merge_allowed()
         for adapter_name in self.active_adapters:
             self._warn_if_never_allocated(adapter_name, in_training=False)
+            self._warn_if_unfinished(adapter_name)
+
+    def _load_from_state_dict(self, state_dict: dict[str, torch.Tensor], prefix: str, *args: Any) -> None:
+        """Take on the widths in a plain state dict, which may be those of another moment of an allocation."""
+        for adapter_name in self.peft_config:
+            layers = self.adapter_layers(adapter_name)
+            widths = {name: layer.width(adapter_name) for name, layer in layers.items()}
+            for name, layer in layers.items():
+                A, stored = (
+                    state_dict.get(f"{prefix}model.{name}.salientlora_A.{adapter_name}"),
+                    layer.stored(adapter_name).A,
+                )
+                # engines that shard load into what they hold
+                if A is not None and A.dim() == stored.dim() == 2 and not is_sharded(stored):
+                    widths[name] = A.shape[0]
+            if any(layer.width(adapter_name) != widths[name] for name, layer in layers.items()):
+                self._restore(adapter_name, list(widths.values()), None)
+                for name, layer in layers.items():
+                    layer.resize(adapter_name, widths[name])
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     @classmethod
     def _get_adapter_state_dict(

@@ -128,6 +128,7 @@ class SalientLoRATraining(AdaptiveRankTuner):
                 self._plan_from_steps(allocator)
             if global_step <= allocator.last_step:
                 continue
+            self._warn_if_begun_late(name, global_step)
             allocator.last_step = global_step
             # the training goes on from the older checkpoint
             allocator.rolled_back = False
@@ -142,6 +143,17 @@ class SalientLoRATraining(AdaptiveRankTuner):
                 if shrink == "each" or allocator.finished:
                     self._remove_pruned(name, optimizer)
         return decided
+
+    def _warn_if_begun_late(self, adapter_name: str, step: int) -> None:
+        allocator = self.allocator(adapter_name)
+        if allocator.last_step == 0 and not allocator.finished and step > allocator.schedule.warmup_steps + 1:
+            warnings.warn(
+                f"The allocation of adapter {adapter_name!r} begins at step {step} and knows nothing of the steps before, although "
+                f"its plan begins after step {allocator.schedule.warmup_steps}. Were the weights loaded by `load_state_dict`? A "
+                "plain state dict holds neither the allocation's state nor which ranks are masked: save by `save_pretrained` and "
+                "load by `PeftModel.from_pretrained(..., is_trainable=True)`.",
+                stacklevel=4,
+            )
 
     def skip_step(self, global_step: int) -> None:
         for name in self._allocating_adapters():
@@ -325,6 +337,17 @@ class SalientLoRATraining(AdaptiveRankTuner):
         warming_up = in_training and self.allocator(adapter_name).last_step > 0
         if message is not None and not warming_up and not self.peft_config[adapter_name].inference_mode:
             warnings.warn(message, stacklevel=2)
+
+    def _warn_if_unfinished(self, adapter_name: str) -> None:
+        """Also of an adapter that was loaded for inference. One that never ran is told of by `_warn_if_never_allocated`."""
+        allocator = self.allocator(adapter_name)
+        begun = allocator.recorded > 0 or (allocator.last_step > 0 and self.peft_config[adapter_name].inference_mode)
+        if begun and not allocator.finished and not allocator.closed:
+            warnings.warn(
+                f"The allocation has not finished: adapter {adapter_name!r} is merged with {allocator.total} ranks, "
+                f"{allocator.target_total} are the budget. Train it to the end, or call `model.base_model.finalize()` first.",
+                stacklevel=3,
+            )
 
     def rank_summary(self) -> dict[str, float]:
         name = (self._trained_adapters() or self.active_adapters)[0]
