@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -201,6 +202,43 @@ def test_errors_are_one_line_and_code_2(
         error = capsys.readouterr().err.splitlines()
         assert len(error) == 1
         assert message in error[0], error
+
+
+FACTOR = "base_model.model.model.layers.0.mlp.down_proj.salientlora_{}"
+DAMAGE = {
+    "no E": lambda tensors: tensors.pop(FACTOR.format("E")),
+    "no A": lambda tensors: tensors.pop(FACTOR.format("A")),
+    "long E": lambda tensors: tensors.update({FACTOR.format("E"): torch.ones(7)}),
+    "flat B": lambda tensors: tensors.update({FACTOR.format("B"): torch.ones(7)}),
+    "no tensor": lambda tensors: tensors.clear(),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("command", ["inspect", "export"])
+def test_damaged_factors_are_named(
+    command: str, damage: str, llama_files: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    folder = shutil.copytree(llama_files / "adapter", tmp_path / "adapter")
+    path = folder / "adapter_model.safetensors"
+    tensors = load_file(path)
+    DAMAGE[damage](tensors)
+    save_file(tensors, path)
+    capsys.readouterr()
+    assert main([command, str(folder), *([str(tmp_path / "lora")] if command == "export" else [])]) == 2
+    error = capsys.readouterr().err
+    assert str(path) in error and ("model.layers.0.mlp.down_proj" in error or damage == "no tensor")
+
+
+@pytest.mark.parametrize("content", ["[1, 2]", '"x"', "null", "\x00"])
+@pytest.mark.parametrize("command", ["inspect", "export"])
+def test_a_configuration_that_is_none_is_named(
+    command: str, content: str, llama_files: Path, tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    path = shutil.copytree(llama_files / "adapter", tmp_path / "adapter") / "adapter_config.json"
+    path.write_text(content)
+    assert main([command, str(path.parent), *([str(tmp_path / "lora")] if command == "export" else [])]) == 2
+    assert str(path) in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [[], ["frobnicate"], ["export", "one"]])

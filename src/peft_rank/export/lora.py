@@ -24,8 +24,9 @@ from peft_rank.tuners.names import PEFT_PREFIX, exact_pattern
 
 from .card import CARD_NAME, HERE, START, lora_card
 from .draft import draft_of
+from .files import read_config
 from .record import copy_record, picture_in
-from .snapshot import AdapterSnapshot, read_config, read_directory, read_model
+from .snapshot import AdapterSnapshot, read_directory, read_model
 
 
 def export_lora(

@@ -4,19 +4,16 @@
 from __future__ import annotations
 
 import copy
-import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import safetensors
 import safetensors.torch
 import torch
 from peft import PeftModel, get_peft_model_state_dict
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
-from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, ModulesToSaveWrapper
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from peft_rank.ranks import adapter_layers, bare_model
@@ -25,13 +22,12 @@ from peft_rank.tuners.config import AdaptedModulesConfig
 from peft_rank.tuners.inrank import InRankConfig, InRankModel
 from peft_rank.tuners.lowrank import LowRankLinear
 from peft_rank.tuners.names import PEFT_PREFIX, plain_name
-from peft_rank.tuners.packing import read_state
 from peft_rank.tuners.salientlora import SalientLoRAConfig, SalientLoRALayer
 from peft_rank.tuners.search.layer import SearchLayer
 
+from .files import FACTORS, STATE, factors_in, has_pruned, read_config, weights_path
 
-FACTORS = SalientLoRALayer.adapter_layer_names
-STATE = "salientlora_state"
+
 CLASSIFIERS = tuple(f"{PEFT_PREFIX}{name}.weight" for name in ("classifier", "score", "classifier.out_proj"))
 
 
@@ -200,17 +196,15 @@ def read_directory(directory: str | Path) -> AdapterSnapshot:
             f"{directory} holds an adapter of type {kind}, which replaces weights and is no LoRA. Load it, call "
             "`model.base_model.finalize()` and `save_compressed(model, directory)`."
         )
-    path = _weights_path(directory)
+    path = weights_path(directory)
     config = SalientLoRAConfig.from_pretrained(str(directory))
     state = safetensors.torch.load_file(path)
-    names = [plain_name(key.removesuffix("." + FACTORS[0])) for key in state if key.endswith("." + FACTORS[0])]
-    tensors = {plain_name(key): tensor for key, tensor in state.items()}
-    factors = {name: tuple(tensors[f"{name}.{attribute}"] for attribute in FACTORS) for name in sorted(names)}
-    if _has_pruned(state, path):
+    factors = factors_in(state, path)
+    if has_pruned(state, path):
         # which are pruned is told by E = 0: the state lists modules in an order that the file does not have
         factors = {name: (A[E != 0], E[E != 0], B[:, E != 0]) for name, (A, E, B) in factors.items()}
     others = _others(state)
-    return AdapterSnapshot(config, factors, others, frozenset(names), _labels_in(others))
+    return AdapterSnapshot(config, factors, others, frozenset(factors), _labels_in(others))
 
 
 def read_summary(directory: str | Path) -> AdapterSummary:
@@ -226,7 +220,7 @@ def read_summary(directory: str | Path) -> AdapterSummary:
     config_class = _config_class(directory)
     if issubclass(config_class, SalientLoRAConfig):
         return read_directory(directory).summary
-    state = safetensors.torch.load_file(_weights_path(directory))
+    state = safetensors.torch.load_file(weights_path(directory))
     config = config_class.from_pretrained(str(directory))
     # these methods list every module that has a rank, once one has another than it began with
     ranks = {re.sub(r"\\(.)", r"\1", key.removeprefix("^")): rank for key, rank in config.rank_pattern.items()}
@@ -256,43 +250,9 @@ def _config_class(directory: str | Path) -> type[AdaptedModulesConfig]:
     return config_class
 
 
-def _weights_path(directory: str | Path) -> Path:
-    path = Path(directory) / SAFETENSORS_WEIGHTS_NAME
-    if not path.is_file():
-        raise ValueError(f"{directory} has no {SAFETENSORS_WEIGHTS_NAME}.")
-    return path
-
-
 def _labels_in(others: dict[str, torch.Tensor]) -> int | None:
     weights = [others[key] for key in CLASSIFIERS if key in others]
     return weights[0].shape[0] if weights else None
-
-
-def _has_pruned(state: dict[str, torch.Tensor], path: Path) -> bool:
-    """Whether the factors hold pruned ranks, as they may in a checkpoint of an unfinished allocation."""
-    packed = next((tensor for key, tensor in state.items() if key.endswith("." + STATE)), None)
-    if packed is None:
-        return False
-    try:
-        tensors, _ = read_state(packed)
-    except ValueError as error:
-        raise ValueError(f"The allocation state in {path} is damaged.") from error
-    return not tensors["alive"].all()
-
-
-def read_config(directory: str | Path) -> dict[str, Any]:
-    """The content of `adapter_config.json`.
-
-    Raises:
-        ValueError: If the directory has no such file, or it is damaged.
-    """
-    path = Path(directory) / CONFIG_NAME
-    if not path.is_file():
-        raise ValueError(f"{directory} is no adapter directory: it has no {CONFIG_NAME}.")
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} is not valid JSON: {error}.") from error
 
 
 def summarize_model(model: nn.Module, adapter_name: str) -> AdapterSummary:
