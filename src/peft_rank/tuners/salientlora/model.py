@@ -143,10 +143,8 @@ class SalientLoRAModel(AdditiveTuner, SalientLoRATraining):
             layers = self.adapter_layers(adapter_name)
             widths = {name: layer.width(adapter_name) for name, layer in layers.items()}
             for name, layer in layers.items():
-                A, stored = (
-                    state_dict.get(f"{prefix}model.{name}.salientlora_A.{adapter_name}"),
-                    layer.stored(adapter_name).A,
-                )
+                A = state_dict.get(f"{prefix}model.{name}.salientlora_A.{adapter_name}")
+                stored = layer.stored(adapter_name).A
                 # engines that shard load into what they hold
                 if A is not None and A.dim() == stored.dim() == 2 and not is_sharded(stored):
                     widths[name] = A.shape[0]

@@ -374,6 +374,7 @@ class SalientLoRATraining(AdaptiveRankTuner):
         if before is not None or state is not None:
             self._allocators[adapter_name] = allocator
         for layer in self.adapter_layers(adapter_name).values():
+            layer.unmerge_before_change(adapter_name)
             layer.salientlora_mask.pop(adapter_name, None)
             layer.disarm(adapter_name)
             if adapter_name in layer.salientlora_state:

@@ -210,9 +210,8 @@ class RankSearchTraining(AdaptiveRankTuner):
             self._check_trained()
             state = self._states[name]
             state.total_steps = total_steps
-            dense = sum(state.dense)
             plans.append(
-                f"{name}: search over {sum(state.sizes)} ranks of {len(state.sizes)} modules with {dense:,} parameters in "
+                f"{name}: search over {sum(state.sizes)} ranks of {len(state.sizes)} modules with {sum(state.dense):,} parameters in "
                 f"{total_steps} steps, to keep {' then '.join(map(str, self.peft_config[name].ratios))} of them"
             )
         return "\n".join(plans)
