@@ -79,11 +79,10 @@ class Distillation:
             self._state = "dense"
             try:
                 self.model(*args, **kwargs)
-            except BaseException:
-                # out of memory, say: the next batch begins anew
+            finally:
+                # also when memory runs out: the next batch begins anew
                 self._state = "idle"
-                raise
-            self._state = "training"
+        self._state = "training"
 
     def _take_input(self, module: nn.Module, args: tuple) -> tuple:
         return (self._take_hidden(args[0]), *args[1:])

@@ -74,6 +74,10 @@ class RankAllocator:
         """Whether the budget is met: nothing is left to decide."""
         if self.config.reference and self.schedule is not None:
             return not self.pending
+        return self._meets_budget
+
+    @property
+    def _meets_budget(self) -> bool:
         return self.total <= self.target_total
 
     @property
@@ -81,8 +85,7 @@ class RankAllocator:
         """Decisions still to be taken. The last one is owed until the budget is met: where a training goes on under a shorter
         plan than it began with, all of them may lie before what was decided."""
         later = [decision for decision in self.decisions if decision.step > self.decided_step]
-        met = self.config.reference or self.total <= self.target_total
-        return later if later or met else self.decisions[-1:]
+        return later if later or self.config.reference or self._meets_budget else self.decisions[-1:]
 
     @property
     def budget(self) -> int:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -254,26 +254,37 @@ class PendingGradients(Function):
         ctx.key, ctx.pending = key, pending
         ctx.set_materialize_grads(False)
         count = len(pending)
-        E = [
-            e.view_as(e) if module.mask is None else e * module.mask
-            for e, module in zip(factors[count : 2 * count], pending, strict=True)
-        ]
+        E = [e.view_as(e) for e in factors[count : 2 * count]]
+        _replace(
+            E, {i: module.mask for i, module in enumerate(pending) if module.mask is not None}, torch._foreach_mul
+        )
         return *(A.view_as(A) for A in factors[:count]), *E, *(B.view_as(B) for B in factors[2 * count :])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor | None):
         key, count, found = ctx.key, len(ctx.pending), list(gradients)
+        masks, additions = {}, {}
         for i, module in enumerate(ctx.pending):
             E = found[count + i]
             if E is not None and key in module.watched:
                 before = module.watched[key]
                 module.watched[key] = E.float() if before is None else before + E.float()
             if E is not None and module.mask is not None:
-                found[count + i] = E * module.mask
-            additions = module.armed.get(key, (None, None))
+                masks[count + i] = module.mask
+            armed = module.armed.get(key, (None, None))
             for j, position in enumerate((i, 2 * count + i)):
-                if found[position] is not None and additions[j] is not None:
-                    found[position] = found[position] + additions[j].to(found[position].dtype)
-                    additions[j] = None
+                if found[position] is not None and armed[j] is not None:
+                    additions[position] = in_dtype(armed[j], found[position].dtype)
+                    armed[j] = None
+        _replace(found, masks, torch._foreach_mul)
+        _replace(found, additions, torch._foreach_add)
         return None, None, *found
+
+
+def _replace(tensors: list[torch.Tensor], others: dict[int, torch.Tensor], operation: Callable) -> None:
+    """Put `operation(tensor, other)` in the place of the tensors at these positions, with few kernels for all."""
+    if others:
+        results = operation([tensors[i] for i in others], list(others.values()))
+        for i, result in zip(others, results, strict=True):
+            tensors[i] = result
