@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from peft_rank.allocation.masks import gumbel_mask, uniform_noise
-from peft_rank.tuners.search.functional import AddToGradient, MaskedProduct, needed_rows
+from peft_rank.tuners.search.functional import AddToGradient, StepMask, masked_product, needed_rows
 from runs import assert_close
 
 
@@ -44,7 +44,7 @@ def test_value_and_gradients(tokens: int, compact: bool, bias: bool) -> None:
     assert kept == int(hard.sum())
     assert len(rows) < K
     needed = (rows, kept) if compact else (None, 0)
-    result = MaskedProduct.apply(x, hard, hard.detach(), given["down"], given["up"], added, *needed)
+    result = masked_product(x, given["down"], given["up"], added, StepMask(hard, *needed))
     found = torch.autograd.grad((result * given["weight"]).sum(), [x, logits], retain_graph=True)
 
     expected = ((x @ given["down"].T) * hard) @ given["up"] + (0 if added is None else added)
@@ -80,7 +80,7 @@ def test_filled_up_rows_are_of_the_module_and_add_nothing() -> None:
     x = torch.randn(5, 7, dtype=torch.float64)
     for size, mask, (rows, kept) in zip(sizes, hard.double(), found, strict=True):
         down, up = torch.randn(size, 7, dtype=torch.float64), torch.randn(size, 9, dtype=torch.float64)
-        result = MaskedProduct.apply(x, mask[:size], mask[:size], down, up, None, rows, kept)
+        result = masked_product(x, down, up, None, StepMask(mask[:size], rows, kept))
         torch.testing.assert_close(result, x @ down.T * mask[:size] @ up)
 
 
@@ -90,7 +90,7 @@ def test_half_precision(how: str) -> None:
     x, logits = given["x"].requires_grad_(), given["logits"].requires_grad_()
     _, hard = _masks(logits.float())
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=how == "autocast"):
-        result = MaskedProduct.apply(x, hard, hard.detach(), given["down"], given["up"], given["bias"], None, 0)
+        result = masked_product(x, given["down"], given["up"], given["bias"], StepMask(hard, None, 0))
     assert result.dtype == torch.bfloat16
     (result.float() * given["weight"].float()).sum().backward()
     assert x.grad.dtype == x.dtype
@@ -106,7 +106,7 @@ def test_factors_get_no_gradient_and_no_input_gradient_is_computed_in_vain() -> 
     given = _problem(6)
     logits = given["logits"].requires_grad_()
     _, hard = _masks(logits)
-    result = MaskedProduct.apply(given["x"], hard, hard.detach(), given["down"], given["up"], None, None, 0)
+    result = masked_product(given["x"], given["down"], given["up"], None, StepMask(hard, None, 0))
     result.sum().backward()
     assert logits.grad is not None
     assert given["x"].grad is given["down"].grad is given["up"].grad is None

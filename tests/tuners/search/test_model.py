@@ -370,7 +370,10 @@ def test_a_bfloat16_model_keeps_its_dtype_and_float32_masks(method: str, llama: 
     search(model, llama, optimizer(model, method), 3)
     for layer in model.base_model.adapter_layers("default").values():
         assert layer.factors.down.dtype == layer.factors.up.dtype == torch.bfloat16
-        assert layer._step["now"].hard.dtype == torch.float32
+        assert layer._step["now"].mask.dtype == torch.bfloat16
+        assert set(layer._step["now"].mask.tolist()) <= {0.0, 1.0}
+    drawn = model.base_model._draw("default", model.base_model.mask_logits("default"))
+    assert {mask.dtype for mask in drawn} == {torch.float32}
     assert {value.dtype for value in masks(model).values()} == {torch.float32}
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert model.base_model.mask_logits("default").dtype == torch.float32

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import FunctionCtx, once_differentiable
+from torch.nn.functional import linear, pad
 
 from ..functional import compute_dtype, in_dtype, round_up, without_autocast
 
@@ -20,6 +21,10 @@ would add to the gradient is below the rounding of half precision; drawn again, 
 COMPACT_BELOW = 0.75
 """Copying the rows that are needed pays when they are fewer than this part."""
 
+COMPACT_FROM = 2.0**38
+"""Operations that copying has to spare a module on a GPU: with fewer, the host takes longer to launch the copies than the
+GPU to multiply all rows. 4096 x 4096 with 60 % of the ranks masked out: some 3,500 tokens."""
+
 ROW_MULTIPLE = 8
 """Half-precision products of other widths are several times slower."""
 
@@ -28,15 +33,13 @@ class StepMask(NamedTuple):
     """The mask of one module for one step.
 
     Attributes:
-        hard (`Tensor`): (k,), 0 or 1, float32, with the gradient of the soft mask.
-        cast (`Tensor`): Its values in the dtype of the products.
+        mask (`Tensor`): (k,), 0 or 1 in the dtype of the products, with the gradient of the soft mask.
         rows (`Tensor`, *optional*): (n,) int64: the ranks that the step needs, those in the mask first, and some that it
             does not need, to have a multiple of `ROW_MULTIPLE`; None for all.
         kept (`int`): How many of `rows` are in the mask.
     """
 
-    hard: Tensor
-    cast: Tensor
+    mask: Tensor
     rows: Tensor | None
     kept: int
 
@@ -103,22 +106,34 @@ class AddToGradient(Function):
         return grad_output, None, None, None
 
 
-class MaskedProduct(Function):
-    """y = ((x down^T) * mask) up + bias, with frozen factors and bias.
+def masked_product(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, step: StepMask) -> Tensor:
+    """y = ((x down^T) * mask) up + bias, with frozen factors and bias, of which `step` says what they are for.
 
     The gradient of the mask is hidden state times its gradient, summed over tokens; factors get none, so that four
     products of a step are all. The mask multiplies whichever is smaller, hidden states or a factor. With `rows`, ranks
     outside of them are in no product, and forward and the gradient of x take the masked-in ones alone.
 
-    Shapes: x (..., in), hard and cast (k,), down (k, in), up (k, out), bias (out,) or None.
+    Shapes: x (..., in), down (k, in), up (k, out), bias (out,) or None.
     """
+    dtype, rows, tokens = compute_dtype(x), step.rows, x.numel() // x.shape[-1]
+    if rows is not None and x.device.type != "cpu":
+        spared = 4 * tokens * (down.shape[0] - rows.shape[0]) * (down.shape[1] + up.shape[1])
+        rows = rows if spared >= COMPACT_FROM else None
+    if rows is not None or down.dtype != dtype or tokens > up.shape[1]:
+        return MaskedProduct.apply(x, step.mask, down, up, bias, rows, step.kept)
+    # what autograd keeps of these is the hidden state alone; its own functions take a third of the host's time
+    hidden = linear(in_dtype(x, dtype), down) * in_dtype(step.mask, dtype)
+    return linear(hidden, up.t(), bias if bias is None else in_dtype(bias, dtype))
+
+
+class MaskedProduct(Function):
+    """`masked_product` where autograd's functions would keep copies of factors, or multiply the larger side."""
 
     @staticmethod
     def forward(
         ctx: FunctionCtx,
         x: Tensor,
-        hard: Tensor,
-        cast: Tensor,
+        mask: Tensor,
         down: Tensor,
         up: Tensor,
         bias: Tensor | None,
@@ -130,37 +145,37 @@ class MaskedProduct(Function):
             flat = in_dtype(x.reshape(-1, x.shape[-1]), dtype)  # (tokens, in)
             if rows is None:
                 hidden = torch.mm(flat, in_dtype(down, dtype).t())  # (tokens, k)
-                result = _product(hidden, in_dtype(cast, dtype), in_dtype(up, dtype))
+                result = _product(hidden, in_dtype(mask, dtype), in_dtype(up, dtype))
             else:
                 hidden = torch.mm(flat, in_dtype(down.index_select(0, rows), dtype).t())  # (tokens, n)
                 result = _product_of_kept(hidden, up, rows, kept)
             if bias is not None:
                 result += in_dtype(bias, dtype)
-        ctx.save_for_backward(hidden, cast, down, up, rows)
-        ctx.kept, ctx.shape, ctx.input_dtype, ctx.mask_dtype = kept, x.shape, x.dtype, hard.dtype
+        ctx.save_for_backward(hidden, mask, down, up, rows)
+        ctx.kept, ctx.shape, ctx.input_dtype = kept, x.shape, x.dtype
         return result.view(*x.shape[:-1], up.shape[1])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor):
-        hidden, cast, down, up, rows = ctx.saved_tensors
+        hidden, mask, down, up, rows = ctx.saved_tensors
         dtype = hidden.dtype
-        grad_x = grad_hard = None
+        grad_x = grad_mask = None
         with without_autocast(grad_output.device.type):
             grad = in_dtype(grad_output.reshape(-1, grad_output.shape[-1]), dtype)  # (tokens, out)
             selected = up if rows is None else up.index_select(0, rows)
             grad_hidden = torch.mm(grad, in_dtype(selected, dtype).t())  # (tokens, k or n)
             if ctx.needs_input_grad[1]:
-                grad_hard = torch.sum(hidden * grad_hidden, dim=0, dtype=ctx.mask_dtype)
+                grad_mask = torch.sum(hidden * grad_hidden, dim=0, dtype=mask.dtype)
                 if rows is not None:
-                    grad_hard = grad_hard.new_zeros(len(cast)).index_copy_(0, rows, grad_hard)
+                    grad_mask = torch.zeros_like(mask).index_copy_(0, rows, grad_mask)
             if ctx.needs_input_grad[0]:
                 if rows is None:
-                    grad_x = _product(grad_hidden, in_dtype(cast, dtype), in_dtype(down, dtype))
+                    grad_x = _product(grad_hidden, in_dtype(mask, dtype), in_dtype(down, dtype))
                 else:
                     grad_x = _product_of_kept(grad_hidden, down, rows, ctx.kept)
                 grad_x = in_dtype(grad_x.view(ctx.shape), ctx.input_dtype)
-        return grad_x, grad_hard, None, None, None, None, None, None
+        return grad_x, grad_mask, None, None, None, None, None
 
 
 def _product(hidden: Tensor, mask: Tensor, factor: Tensor) -> Tensor:
@@ -180,7 +195,8 @@ def _product_of_kept(hidden: Tensor, factor: Tensor, rows: Tensor, kept: int) ->
 
 def pad_rows(rows: list[Tensor], value: float) -> Tensor:
     """(k_i,) tensors as one (n, max k), filled up with `value`."""
-    size = max(len(row) for row in rows)
-    if any(len(row) < size for row in rows):
-        rows = [torch.nn.functional.pad(row, (0, size - len(row)), value=value) for row in rows]
+    sizes = [row.shape[0] for row in rows]
+    size = max(sizes)
+    if min(sizes) < size:
+        rows = [pad(row, (0, size - len(row)), value=value) for row in rows]
     return torch.stack(rows)

@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 from ..adaptive import RankLayer
 from ..lowrank.linear import LowRankLinear
 from .factors import SearchFactors
-from .functional import MaskedProduct, StepMask
+from .functional import StepMask, masked_product
 
 
 class SearchLayer(nn.Module, RankLayer):
@@ -151,12 +151,11 @@ class SearchLayer(nn.Module, RankLayer):
         if step is None:
             linear = self.selected()
             return self.base_layer(x) if linear is None else linear(x)
-        hard = step.hard
-        if hard.requires_grad and not self._reached:
-            hard.register_hook(self._take_note)
+        if not self._reached and step.mask.requires_grad:
+            step.mask.register_hook(self._take_note)
         factors = self._modules["factors"]._parameters
         bias = self._modules["base_layer"]._parameters["bias"]
-        return MaskedProduct.apply(x, hard, step.cast, factors["down"], factors["up"], bias, step.rows, step.kept)
+        return masked_product(x, factors["down"], factors["up"], bias, step)
 
     def _take_note(self, gradient: Tensor) -> None:
         self._reached = True

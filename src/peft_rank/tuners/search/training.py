@@ -141,14 +141,11 @@ class RankSearchTraining(AdaptiveRankTuner):
         # a compiled model would be compiled anew for every other number of rows
         rows = [(None, 0)] * len(sizes) if compiled else needed_rows(soft, hard, sizes)
         self._selected_from = None
-        cast = hard.detach().to(compute_dtype(next(iter(layers.values())).factors.up))
-        # unbound, whose backward is one kernel for all modules
-        parts = zip(layers.values(), hard.unbind(0), cast.unbind(0), sizes, rows, strict=True)
-        for layer, mask, values, size, needed in parts:
+        # in float32 up to here; unbound, whose backward is one kernel for all modules
+        masks = hard.to(compute_dtype(next(iter(layers.values())).factors.up)).unbind(0)
+        for layer, mask, size, needed in zip(layers.values(), masks, sizes, rows, strict=True):
             # a slice has a node of its own, which only a gradient of this module reaches
-            if size < len(mask) or not layer._reached:
-                mask, values = mask[:size], values[:size]
-            layer.begin_step(StepMask(mask, values, *needed))
+            layer.begin_step(StepMask(mask[:size] if size < hard.shape[1] or not layer._reached else mask, *needed))
 
     def _check_checkpointing(self) -> None:
         """Reentrant checkpointing goes backward once for every block, and the first of them would free the graph of the
