@@ -6,8 +6,9 @@
 
 A small encoder is fine-tuned on each task. All linears of its encoder are then compressed to two ratios by SVD, FWSVD and
 IWSVD, at the same part of every weight and at the ranks that ARS learns on 4,000 rows in 8 epochs, as in the paper, and
-trained again. Searches start at the ranks of the budget by spectra. Ranks may have any value, embeddings stay as they are
-throughout, statistics are of the first rows of the training set. The ratio counts the encoder's linears.
+trained again. Searches start with all ranks, as in the paper, or with `--start spectral` at the ranks of the budget by
+spectra. Ranks may have any value, embeddings stay as they are throughout, statistics are of the first rows of the training
+set. The ratio counts the encoder's linears.
 
 Every result is stored as soon as it is there; trainings share one GPU. With --resume what is in the file is not compressed
 again; the dense classifiers are.
@@ -154,7 +155,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dense-epochs", type=int, help="of fine-tuning; those of glue_quality.py by default")
     parser.add_argument("--calibration-rows", type=int, default=1024)
     parser.add_argument(
-        "--start", choices=["full", "spectral"], default="spectral", help="of a search, see its config"
+        "--start", choices=["full", "spectral"], default="full", help="of a search, see its config"
     )
     parser.add_argument("--search-lr", type=float, default=1e-3)
     parser.add_argument("--search-rows", type=int, default=4000)

@@ -288,7 +288,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--shape", default="1b", choices=SHAPES)
     parser.add_argument("--vocabulary", type=int, default=32000)
-    parser.add_argument("--batch", type=int, default=16, help="rows of all processes together")
+    parser.add_argument("--batch", type=int, default=32, help="rows of all processes together")
     parser.add_argument("--length", type=int, default=1024, help="tokens of a row")
     parser.add_argument("--init_r", type=int, default=16)
     parser.add_argument("--target_r", type=int, default=8)

@@ -267,15 +267,17 @@ def learned_ranks_encoder(result: dict[str, Any], ratio: float) -> str:
 def learned() -> list[str]:
     """The parts about learned ranks, as far as they have been measured."""
     parts = []
-    for name in ("learned_ranks", "learned_ranks_fisher", "learned_ranks_encoder"):
+    names = ("learned_ranks", "learned_ranks_fisher", "learned_ranks_encoder", "learned_ranks_encoder_spectral")
+    for name in names:
         path = RESULTS / f"{name}.json"
         if path.exists():
             result = json.loads(path.read_text())
             settings = result["settings"]
             make, title = learned_ranks, "perplexity and accuracy"
-            if name == "learned_ranks_encoder":
-                make, title = learned_ranks_encoder, "GLUE"
-                what = "all linears of the encoder, before and after training again"
+            if "search_steps" in settings:
+                start = {"full": "all ranks", "spectral": "the budget by spectra"}[settings["start"]]
+                make, title = learned_ranks_encoder, f"GLUE, searched from {start}"
+                what = f"all linears of the encoder, searched for {settings['search_steps']} steps, before and after training again"
             else:
                 what = f"the decoder's linears, {COMPRESSION[settings['decomposition']]}, WikiText-2; searched, calibrated "
                 what += "and healed on the same text"

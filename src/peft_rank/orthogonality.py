@@ -133,6 +133,7 @@ def orthogonality_gradient(
     up: Sequence[torch.Tensor],
     alive: Sequence[torch.Tensor | None] | None = None,
     weight: float = 1.0,
+    dtype: torch.dtype | None = None,
 ) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """Gradient of `weight * orthogonality(down, up, alive)`.
 
@@ -141,27 +142,29 @@ def orthogonality_gradient(
     Args:
         down, up, alive: As in [`orthogonality`].
         weight (`float`): Factor of the regularizer in the loss.
+        dtype (`torch.dtype`, *optional*): Of what is returned, by default float32, which everything is computed in.
 
     Returns:
         `tuple[list[torch.Tensor], list[torch.Tensor]]`: Gradients of `down` and of `up`, each with the shape of its
-        factor, float32; 0 for dead ranks.
+        factor; 0 for dead ranks.
 
     Raises:
         ValueError: If the sequences are empty or differ in length.
     """
     _check(down, up)
+    dtype = dtype or torch.float32
     gradients: tuple[list, list] = ([None] * len(down), [None] * len(up))
     for rank_dim, factors in enumerate((down, up)):
         for position, factor in enumerate(factors):
             if factor.shape[rank_dim] == 0:
-                gradients[rank_dim][position] = torch.zeros_like(factor, dtype=torch.float32)
+                gradients[rank_dim][position] = torch.zeros_like(factor, dtype=dtype)
         for positions, stack, masks in _stacks(factors, alive or [None] * len(down), rank_dim):
             residual, norm = _residual(stack, masks, rank_dim)
             # a residual within rounding of 0 has no direction; the floor lets its gradient vanish
             floor = torch.finfo(norm.dtype).eps * 8 * residual.shape[1]
             residual *= weight / len(down) / norm.clamp_min(floor)
             gradient = torch.bmm(residual, stack) if rank_dim == 0 else torch.bmm(stack, residual)
-            for position, each in zip(positions, gradient.unbind(), strict=True):
+            for position, each in zip(positions, gradient.to(dtype).unbind(), strict=True):
                 r = factors[position].shape[rank_dim]
                 gradients[rank_dim][position] = each if r == each.shape[rank_dim] else each.narrow(rank_dim, 0, r)
     return gradients

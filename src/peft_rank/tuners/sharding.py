@@ -43,11 +43,13 @@ def is_sharded(tensor: torch.Tensor) -> bool:
     return True
 
 
+@torch.no_grad()
 def own_part(tensor: torch.Tensor) -> torch.Tensor:
     """What this process holds of a tensor, in the same memory."""
-    return tensor.detach().to_local() if is_sharded(tensor) else tensor
+    return tensor.to_local() if is_sharded(tensor) else tensor
 
 
+@torch.no_grad()
 def own_rows(full: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Of a full tensor, what this process would hold if it were sharded as `like` is."""
     if not is_sharded(like):
@@ -55,7 +57,7 @@ def own_rows(full: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     processes, rank = _place(like.device_mesh)
     rows = math.ceil(len(full) / processes)
     # with offload, the parts are in another memory than what is gathered
-    return full[rows * rank : rows * (rank + 1)].to(like.detach().to_local().device)
+    return full[rows * rank : rows * (rank + 1)].to(like.to_local().device)
 
 
 @cache

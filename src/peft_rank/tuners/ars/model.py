@@ -91,13 +91,14 @@ class AdaptiveRankSVDModel(RankSearchModel):
 
     def _heads(self, adapter_name: str) -> list[nn.Module]:
         layers = self.searching_layers(adapter_name).values()
-        return [layer.adaptive_rank_svd_head[adapter_name] for layer in layers]
+        # straight from where they are: `nn.ModuleDict` takes ten times as long to find one
+        return [layer._modules["adaptive_rank_svd_head"]._modules[adapter_name] for layer in layers]
 
     def mask_parameters(self, adapter_name: str) -> list[nn.Parameter]:
         heads = self._heads(adapter_name)
         if self.peft_config[adapter_name].hypernetwork == "per_layer":
             return [parameter for head in heads for parameter in head.parameters()]
-        # straight from where they are: `parameters` takes ten times as long
+        # as `parameters`, which takes ten times as long
         linear = [parameter for head in heads for parameter in head._parameters.values()]
         return [*self._hypernetwork(adapter_name).parameters(), *linear]
 

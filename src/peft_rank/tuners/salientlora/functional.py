@@ -255,21 +255,19 @@ class PendingGradients(Function):
         ctx.set_materialize_grads(False)
         count = len(pending)
         E = [e.view_as(e) for e in factors[count : 2 * count]]
-        _replace(
-            E, {i: module.mask for i, module in enumerate(pending) if module.mask is not None}, torch._foreach_mul
-        )
+        masks = {i: module.mask for i, module in enumerate(pending) if module.mask is not None}
+        replace(E, masks, torch._foreach_mul)
         return *(A.view_as(A) for A in factors[:count]), *E, *(B.view_as(B) for B in factors[2 * count :])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: torch.Tensor | None):
         key, count, found = ctx.key, len(ctx.pending), list(gradients)
-        masks, additions = {}, {}
+        masks, additions, watching = {}, {}, []
         for i, module in enumerate(ctx.pending):
             E = found[count + i]
             if E is not None and key in module.watched:
-                before = module.watched[key]
-                module.watched[key] = E.float() if before is None else before + E.float()
+                watching.append((module.watched, E))
             if E is not None and module.mask is not None:
                 masks[count + i] = module.mask
             armed = module.armed.get(key, (None, None))
@@ -277,12 +275,25 @@ class PendingGradients(Function):
                 if found[position] is not None and armed[j] is not None:
                     additions[position] = in_dtype(armed[j], found[position].dtype)
                     armed[j] = None
-        _replace(found, masks, torch._foreach_mul)
-        _replace(found, additions, torch._foreach_add)
+        _watch(key, watching)
+        replace(found, masks, torch._foreach_mul)
+        replace(found, additions, torch._foreach_add)
         return None, None, *found
 
 
-def _replace(tensors: list[torch.Tensor], others: dict[int, torch.Tensor], operation: Callable) -> None:
+def _watch(key: str, watching: Sequence[tuple[dict[str, torch.Tensor | None], torch.Tensor]]) -> None:
+    """Add gradients to what is watched, in float32."""
+    by_device: dict[torch.device, list[tuple]] = defaultdict(list)
+    for pair in watching:
+        by_device[pair[1].device].append(pair)
+    for pairs in by_device.values():
+        together = torch.cat([E for _, E in pairs]).float()
+        for (watched, _), part in zip(pairs, together.split([E.numel() for _, E in pairs]), strict=True):
+            before = watched[key]
+            watched[key] = part if before is None else before + part
+
+
+def replace(tensors: list[torch.Tensor], others: dict[int, torch.Tensor], operation: Callable) -> None:
     """Put `operation(tensor, other)` in the place of the tensors at these positions, with few kernels for all."""
     if others:
         results = operation([tensors[i] for i in others], list(others.values()))

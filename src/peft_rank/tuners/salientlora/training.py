@@ -20,6 +20,7 @@ from ..sharding import gather, in_full_precision, is_distributed
 from ..shrinking import can_follow, swap_parameters, unwrap_optimizer
 from .allocator import RankAllocator
 from .checkpoint import exact_rank_pattern
+from .functional import replace
 
 
 class SalientLoRATraining(AdaptiveRankTuner):
@@ -81,20 +82,22 @@ class SalientLoRATraining(AdaptiveRankTuner):
                 self._loss_scale = loss_scale
                 for layer in layers:
                     layer._watched[name] = None
-            regularization = self._regularization(name, loss_scale)
+            # cast for all modules at once, not by each of them in the backward
+            regularization = self._regularization(name, loss_scale, next(iter(layers)).stored(name).A.dtype)
             if regularization:
                 for layer, *pair in zip(layers, *(gradients for _, gradients in regularization), strict=True):
                     layer._armed[name] = pair
 
     def _regularization(
-        self, adapter_name: str, factor: float = 1.0
+        self, adapter_name: str, factor: float = 1.0, dtype: torch.dtype | None = None
     ) -> list[tuple[list[nn.Parameter], list[torch.Tensor]]]:
         """A of every module with the gradients of the weighted regularizer, and B likewise; nothing at weight 0."""
         weight = self.peft_config[adapter_name].orth_reg_weight * factor
         if weight == 0:
             return []
         down, _, up = self._stored(adapter_name)
-        return list(zip((down, up), orthogonality_gradient(*self._factors(adapter_name), weight), strict=True))
+        gradients = orthogonality_gradient(*self._factors(adapter_name), weight, dtype)
+        return list(zip((down, up), gradients, strict=True))
 
     def _stored(self, adapter_name: str) -> list[tuple[nn.Parameter, ...]]:
         """A of all modules, E of all, B of all: the parameters as they are."""
@@ -172,7 +175,8 @@ class SalientLoRATraining(AdaptiveRankTuner):
         """Append the present state to the window; `at_hand` stands in for the gradient of E where that is gone."""
         down, up, alive = self._factors(adapter_name)
         values = gather(in_full_precision(self._stored(adapter_name)[1]))
-        values = [E if mask is None else E * mask.to(E) for E, mask in zip(values, alive, strict=True)]
+        masks = {i: mask.to(values[i]) for i, mask in enumerate(alive) if mask is not None}
+        replace(values, masks, torch._foreach_mul)
         gradient = None
         if self.peft_config[adapter_name].weighs_gradients:
             gradient = self._gradient_of_E(adapter_name, values)
