@@ -20,9 +20,10 @@ def several_gpus(result: dict[str, Any]) -> Cells:
         for name in ("allocation", "fixed"):
             line += [found[name].get("tokens_per_second", ""), found[name].get("peak_gib") or ""]
         parts = (found["allocation"].get(part, "") for part in PARTS)
-        lines.append([*line, *parts])
+        longer = f"{100 * row['slower_than_fixed']:.1f}" if "slower_than_fixed" in row else ""
+        lines.append([*line, longer, *parts])
     columns = ["engine", "ranks elsewhere", "tokens/s", "peak GiB a GPU", "tokens/s, fixed ranks", "peak GiB, fixed"]
-    return [*columns, "a step, ms", "regularizer", "recording", "a decision"], lines
+    return [*columns, "a step longer by, %", "a step, ms", "regularizer", "recording", "a decision"], lines
 
 
 def quantized_bases(result: dict[str, Any]) -> Cells:
@@ -30,16 +31,22 @@ def quantized_bases(result: dict[str, Any]) -> Cells:
     return columns, [[row[column] for column in columns] for row in result["rows"]]
 
 
+SEVERAL_GPUS = (
+    "HF Trainer, LLaMA-{shape} shape, random weights, {batch} x {length} tokens a step on {processes} GPUs together (one "
+    "process: one GPU). Ranks elsewhere than with one process in fp32, on four blocks; all else in bfloat16. Milliseconds of a "
+    "step while it allocates, and in other steps of the regularizer, of recording and of the longest decision, waiting for the "
+    "device before and after: upper bounds."
+)
 # result file -> heading, note that its settings are put into, table
 ENGINES = {
     "multi_gpu": (
-        "Several GPUs",
-        (
-            "HF Trainer, LLaMA-{shape} shape, random weights, {batch} x {length} tokens a step on {processes} GPUs together (one "
-            "process: one GPU). Ranks elsewhere than with one process in fp32, on four blocks; all else in bfloat16. Milliseconds of a "
-            "step while it allocates, and in other steps of the regularizer, of recording and of the longest decision, waiting for the "
-            "device before and after: upper bounds."
-        ),
+        "Several GPUs, 16 rows a GPU",
+        f"{SEVERAL_GPUS} One process ran beside another benchmark on the same host. ZeRO-1 and FSDP2: not run at this size.",
+        several_gpus,
+    ),
+    "multi_gpu_8_rows": (
+        "Several GPUs, 8 rows a GPU",
+        f"{SEVERAL_GPUS} Measured before gradients were cast, masked and watched for all modules at once.",
         several_gpus,
     ),
     "quantized": (

@@ -154,9 +154,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=2, help="of training again")
     parser.add_argument("--dense-epochs", type=int, help="of fine-tuning; those of glue_quality.py by default")
     parser.add_argument("--calibration-rows", type=int, default=1024)
-    parser.add_argument(
-        "--start", choices=["full", "spectral"], default="full", help="of a search, see its config"
-    )
+    parser.add_argument("--start", choices=["full", "spectral"], default="full", help="of a search, see its config")
     parser.add_argument("--search-lr", type=float, default=1e-3)
     parser.add_argument("--search-rows", type=int, default=4000)
     parser.add_argument("--search-epochs", type=int, default=8)

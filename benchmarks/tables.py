@@ -285,13 +285,15 @@ def learned() -> list[str]:
             parts += [f"## Learned ranks: {title}\n", note, origin(result)]
             for ratio in settings["ratios"]:
                 parts += [f"### Ratio {ratio}\n", make(result, ratio)]
-    path = RESULTS / "search_step.json"
-    if path.exists():
-        result = json.loads(path.read_text())
-        columns = list(dict.fromkeys(key for row in result["rows"] for key in row))
-        lines = [[row.get(column, "") for column in columns] for row in result["rows"]]
-        note = f"LLaMA-7B shape, {result['settings']['layers']} layers, bfloat16, 4 x 256 tokens.\n"
-        parts += ["## A step of a search\n", note, origin(result), table(columns, lines)]
+    for path in (RESULTS / "search_step.json", RESULTS / "search_step_8192.json"):
+        if path.exists():
+            result = json.loads(path.read_text())
+            settings = result["settings"]
+            tokens = f"{settings['batch']} x {settings['tokens']} tokens"
+            columns = list(dict.fromkeys(key for row in result["rows"] for key in row))
+            lines = [[row.get(column, "") for column in columns] for row in result["rows"]]
+            note = f"LLaMA-7B shape, {settings['layers']} layers, bfloat16. The host was shared with six other trainings.\n"
+            parts += [f"## A step of a search, {tokens}\n", note, origin(result), table(columns, lines)]
     return parts
 
 

@@ -62,12 +62,12 @@ def _stacks(
     if len(alive) != len(factors):
         raise ValueError(f"`alive` must have one entry a module, got {len(alive)} for {len(factors)} modules.")
     groups: dict[tuple, list[int]] = defaultdict(list)
-    for position, (factor, mask) in enumerate(zip(factors, alive, strict=True)):
+    for position, factor in enumerate(factors):
         r, other = factor.shape[rank_dim], factor.shape[1 - rank_dim]
         if r > 0:
             # together up to the next power of 2: few groups, and little waste
-            groups[(max(r - 1, 7).bit_length(), other, factor.device, factor.dtype, mask is None)].append(position)
-    for (_, other, device, _, all_alive), positions in groups.items():
+            groups[(max(r - 1, 7).bit_length(), other, factor.device, factor.dtype)].append(position)
+    for (_, other, device, _), positions in groups.items():
         width = max(factors[position].shape[rank_dim] for position in positions)
         size = max(1, _STACK_NUMEL // (width * other))
         for start in range(0, len(positions), size):
@@ -78,9 +78,14 @@ def _stacks(
             # (g, width, in) or (g, out, width)
             stack = stack.view(-1, width, other) if rank_dim == 0 else stack.view(other, -1, width).transpose(0, 1)
             masks = torch.ones((), device=device)
-            if not all_alive:
-                masks = [alive[position].to(device, torch.float32) for position in chunk]
-                masks = join_ranks(masks, 0, widths).view(-1, width)
+            given = [alive[position] for position in chunk]
+            where = next((mask.device for mask in given if mask is not None), None)
+            if where is not None:
+                given = [
+                    _filled((r,), r, where)[0] if mask is None else mask for mask, r in zip(given, sizes, strict=True)
+                ]
+                # together, and only then cast: a model has hundreds
+                masks = join_ranks(given, 0, widths).to(device, torch.float32).view(-1, width)
                 stack = stack * masks.unsqueeze(2 if rank_dim == 0 else 1)
             elif min(sizes) < width:
                 masks = _filled(tuple(sizes), width, device)

@@ -29,6 +29,7 @@ RUNS = [
     {"name": "zero2-resumed-within", "stage": 2, "resume": "zero2/checkpoint-6", "seed": 1},
     {"name": "zero2-resumed-after", "stage": 2, "resume": "zero2/checkpoint-18", "seed": 1},
     {"name": "zero2-further", "stage": 2, "adapter": "zero2/adapter"},
+    {"name": "zero2-offloaded", "stage": 2, "offload": True},
     {"name": "zero3", "stage": 3, "arguments": BEST},
     {
         "name": "zero3-accumulated-checkpointing",
@@ -37,6 +38,7 @@ RUNS = [
         "arguments": {"gradient_checkpointing": True},
     },
     {"name": "zero3-resumed-within", "stage": 3, "resume": "zero3/checkpoint-6", "seed": 1},
+    {"name": "zero3-offloaded", "stage": 3, "offload": True},
     {"name": "zero3-further", "stage": 3, "adapter": "zero3/adapter"},
     {"name": "fp16-zero0", "stage": 0, "arguments": {"fp16": True}},
     {"name": "fp16-zero2", "stage": 2, "arguments": {"fp16": True, **SAVE}},

@@ -124,11 +124,15 @@ def prepare_fsdp() -> None:
     AcceleratorState.__init__ = start
 
 
-def deepspeed_config(stage: int) -> dict[str, Any]:
+def deepspeed_config(stage: int, offload: bool = False) -> dict[str, Any]:
     optimizer = {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto", "torch_adam": True}
+    parts = ("optimizer", "param") if stage == 3 else ("optimizer",)
     return {
+        # DeepSpeed's own optimizer for the CPU is compiled, for a minute
+        "zero_force_ds_cpu_optimizer": False,
         "zero_optimization": {
             "stage": stage,
+            **({f"offload_{part}": {"device": "cpu"} for part in parts} if offload else {}),
             # everything is partitioned, however small
             "stage3_param_persistence_threshold": 0,
             "stage3_gather_16bit_weights_on_model_save": True,
@@ -145,6 +149,7 @@ def train(
     folder: Path,
     name: str,
     stage: int | None = None,
+    offload: bool = False,
     accumulation: int = 1,
     resume: str | None = None,
     adapter: str | None = None,
@@ -161,6 +166,7 @@ def train(
         folder: Where all runs are.
         name: Folder of this run in it.
         stage: ZeRO stage; plain DDP (or one process) if not given.
+        offload: Keep what ZeRO partitions in the memory of the CPU.
         accumulation: Micro-batches of an optimizer step; the examples of a step stay the same.
         resume: Checkpoint of another run, relative to `folder`, to resume from.
         adapter: Saved adapter of another run, relative to `folder`, to train further.
@@ -180,7 +186,7 @@ def train(
             # DDP and DeepSpeed clip at different places
             "max_grad_norm": 0.0,
             "learning_rate": 1e-2,
-            "deepspeed": None if stage is None else deepspeed_config(stage),
+            "deepspeed": None if stage is None else deepspeed_config(stage, offload),
             **(arguments or {}),
         },
     )

@@ -43,13 +43,14 @@ def is_sharded(tensor: torch.Tensor) -> bool:
     return True
 
 
-@torch.no_grad()
 def own_part(tensor: torch.Tensor) -> torch.Tensor:
     """What this process holds of a tensor, in the same memory."""
-    return tensor.to_local() if is_sharded(tensor) else tensor
+    if not is_sharded(tensor):
+        return tensor
+    with torch.no_grad():  # autograd's way to it takes five times as long
+        return tensor.to_local()
 
 
-@torch.no_grad()
 def own_rows(full: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     """Of a full tensor, what this process would hold if it were sharded as `like` is."""
     if not is_sharded(like):
@@ -57,7 +58,7 @@ def own_rows(full: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     processes, rank = _place(like.device_mesh)
     rows = math.ceil(len(full) / processes)
     # with offload, the parts are in another memory than what is gathered
-    return full[rows * rank : rows * (rank + 1)].to(like.to_local().device)
+    return full[rows * rank : rows * (rank + 1)].to(own_part(like).device)
 
 
 @cache
@@ -133,11 +134,13 @@ def _of_zero(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Stages 1 and 2: each process holds pieces of one long vector, which may begin and end within a parameter."""
     flat = torch.zeros(sum(p.numel() for p in parameters), dtype=torch.float32, device=parameters[0].device)
     parts = flat.split([p.numel() for p in parameters])
-    for parameter, part in zip(parameters, parts, strict=True):
-        mapping = parameter._hp_mapping
-        if mapping is not None:  # or all of it is elsewhere
-            address = mapping.lp_fragment_address
-            part[address.start : address.start + address.numel].copy_(mapping.get_hp_fragment())
+    # a parameter without a mapping is elsewhere
+    held = [(part, p._hp_mapping) for p, part in zip(parameters, parts, strict=True) if p._hp_mapping is not None]
+    if held:
+        addresses = [(part, mapping.lp_fragment_address) for part, mapping in held]
+        own = [part[address.start : address.start + address.numel] for part, address in addresses]
+        # with offload they are in another memory
+        torch._foreach_copy_(own, [mapping.get_hp_fragment().view(-1) for _, mapping in held])
     dist.all_reduce(flat, group=parameters[0]._dp_group)
     return [part.view(parameter.shape) for parameter, part in zip(parameters, parts, strict=True)]
 
@@ -154,8 +157,18 @@ def _join_partitions(parameters: Sequence[torch.Tensor], own: Sequence[torch.Ten
     mine = torch.cat(own).to(parameters[0].device)  # with offload, the parts are in another memory
     together = mine.new_empty(dist.get_world_size(group) * len(mine))
     dist.all_gather_into_tensor(together, mine, group=group)
-    pieces = zip(parameters, together.view(-1, len(mine)).split(sizes, 1), strict=True)
-    return [piece.flatten()[: p.ds_numel].view(p.ds_shape) for p, piece in pieces]
+    pieces = together.view(-1, len(mine)).split(sizes, 1)
+    alike: dict[int, list[int]] = defaultdict(list)
+    for position, size in enumerate(sizes):
+        alike[size].append(position)
+    full: list[torch.Tensor | None] = [None] * len(pieces)
+    for positions in alike.values():
+        # the parts of a parameter one after the other, with one copy for all of a size
+        joined = torch.stack([pieces[position] for position in positions]).flatten(1)
+        for position, whole in zip(positions, joined.unbind(), strict=True):
+            parameter = parameters[position]
+            full[position] = whole[: parameter.ds_numel].view(parameter.ds_shape)
+    return full
 
 
 def _fill(part: torch.Tensor, rows: int) -> torch.Tensor:

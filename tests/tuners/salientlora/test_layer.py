@@ -185,7 +185,8 @@ def layers(model) -> list:
 
 
 def watched(model) -> torch.Tensor:
-    return model.base_model._gradient_of_E("default", [layer.stored("default").E for layer in layers(model)])
+    stored = [layer.stored("default").E for layer in layers(model)]
+    return model.base_model._gradient_of_E("default", stored, stored)
 
 
 def allocate(model) -> None:

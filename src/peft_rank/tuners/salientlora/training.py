@@ -95,18 +95,19 @@ class SalientLoRATraining(AdaptiveRankTuner):
         weight = self.peft_config[adapter_name].orth_reg_weight * factor
         if weight == 0:
             return []
-        down, _, up = self._stored(adapter_name)
-        gradients = orthogonality_gradient(*self._factors(adapter_name), weight, dtype)
-        return list(zip((down, up), gradients, strict=True))
+        stored = self._stored(adapter_name)
+        gradients = orthogonality_gradient(*self._factors(adapter_name, stored), weight, dtype)
+        return list(zip((stored[0], stored[2]), gradients, strict=True))
 
     def _stored(self, adapter_name: str) -> list[tuple[nn.Parameter, ...]]:
         """A of all modules, E of all, B of all: the parameters as they are."""
         layers = self.adapter_layers(adapter_name).values()
         return list(zip(*(layer.stored(adapter_name) for layer in layers), strict=True))
 
-    def _factors(self, adapter_name: str):
-        """A, B and the masks of pruned ranks of all modules, in full where an engine holds parts."""
-        down, _, up = self._stored(adapter_name)
+    def _factors(self, adapter_name: str, stored: list[tuple[nn.Parameter, ...]] | None = None):
+        """A, B and the masks of pruned ranks of all modules, in full where an engine holds parts. What is stored is found
+        out where it is not given, which takes a while under ZeRO-3."""
+        down, _, up = stored or self._stored(adapter_name)
         full = gather([*down, *up])
         layers = self.adapter_layers(adapter_name).values()
         return full[: len(down)], full[len(down) :], [layer.salientlora_mask.get(adapter_name) for layer in layers]
@@ -173,25 +174,29 @@ class SalientLoRATraining(AdaptiveRankTuner):
 
     def _record(self, adapter_name: str, at_hand: torch.Tensor | None = None) -> None:
         """Append the present state to the window; `at_hand` stands in for the gradient of E where that is gone."""
-        down, up, alive = self._factors(adapter_name)
-        values = gather(in_full_precision(self._stored(adapter_name)[1]))
+        stored = self._stored(adapter_name)
+        down, up, alive = self._factors(adapter_name, stored)
+        values = gather(in_full_precision(stored[1]))
         masks = {i: mask.to(values[i]) for i, mask in enumerate(alive) if mask is not None}
         replace(values, masks, torch._foreach_mul)
         gradient = None
         if self.peft_config[adapter_name].weighs_gradients:
-            gradient = self._gradient_of_E(adapter_name, values)
+            gradient = self._gradient_of_E(adapter_name, stored[1], values)
             if at_hand is not None and (gradient is None or not gradient.any()):
                 gradient = at_hand
         self.allocator(adapter_name).record(values, orthogonality(down, up, alive), gradient)
 
-    def _gradient_of_E(self, adapter_name: str, values: list[torch.Tensor]) -> torch.Tensor | None:
-        """(N,) float32, of the step, for the values of E; None where gradients are gone, as after `zero_grad`."""
+    def _gradient_of_E(
+        self, adapter_name: str, stored: tuple[nn.Parameter, ...], values: list[torch.Tensor]
+    ) -> torch.Tensor | None:
+        """(N,) float32, of the step, for E as it is stored and its values; None where gradients are gone, as after
+        `zero_grad`."""
         layers = list(self.adapter_layers(adapter_name).values())
         watched = adapter_name in layers[0]._watched
         if watched:
             found = [layer._watched.pop(adapter_name) for layer in layers]
         else:
-            found = [E.grad for E in self._stored(adapter_name)[1]]
+            found = [E.grad for E in stored]
             if all(gradient is None for gradient in found):
                 return None
         pairs = zip(found, values, strict=True)
