@@ -78,14 +78,14 @@ def _stacks(
             # (g, width, in) or (g, out, width)
             stack = stack.view(-1, width, other) if rank_dim == 0 else stack.view(other, -1, width).transpose(0, 1)
             masks = torch.ones((), device=device)
-            given = [alive[position] for position in chunk]
-            where = next((mask.device for mask in given if mask is not None), None)
-            if where is not None:
+            if any(alive[position] is not None for position in chunk):
+                # masks may lie where a model was before it was moved; cast together, since a model has hundreds
+                given = [alive[position] for position in chunk]
                 given = [
-                    _filled((r,), r, where)[0] if mask is None else mask for mask, r in zip(given, sizes, strict=True)
+                    _filled((r,), r, device)[0] if m is None else m.to(device)
+                    for m, r in zip(given, sizes, strict=True)
                 ]
-                # together, and only then cast: a model has hundreds
-                masks = join_ranks(given, 0, widths).to(device, torch.float32).view(-1, width)
+                masks = join_ranks(given, 0, widths).float().view(-1, width)
                 stack = stack * masks.unsqueeze(2 if rank_dim == 0 else 1)
             elif min(sizes) < width:
                 masks = _filled(tuple(sizes), width, device)
@@ -133,31 +133,32 @@ def orthogonality(
 
 
 @torch.no_grad()
-def orthogonality_gradient(
+def orthogonality_with_gradient(
     down: Sequence[torch.Tensor],
     up: Sequence[torch.Tensor],
     alive: Sequence[torch.Tensor | None] | None = None,
     weight: float = 1.0,
     dtype: torch.dtype | None = None,
-) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Gradient of `weight * orthogonality(down, up, alive)`.
+) -> tuple[torch.Tensor, tuple[list[torch.Tensor], list[torch.Tensor]]]:
+    """Value of the regularizer and gradient of `weight` times it.
 
     d ||F F^T - I||_F / dF = 2 (F F^T - I) F / ||F F^T - I||_F, for F = A and F = B^T.
 
     Args:
         down, up, alive: As in [`orthogonality`].
         weight (`float`): Factor of the regularizer in the loss.
-        dtype (`torch.dtype`, *optional*): Of what is returned, by default float32, which everything is computed in.
+        dtype (`torch.dtype`, *optional*): Of the gradients, by default float32, which everything is computed in.
 
     Returns:
-        `tuple[list[torch.Tensor], list[torch.Tensor]]`: Gradients of `down` and of `up`, each with the shape of its
-        factor; 0 for dead ranks.
+        `tuple[torch.Tensor, tuple[list[torch.Tensor], list[torch.Tensor]]]`: The value as [`orthogonality`] returns it,
+        without the weight; and gradients of `down` and of `up`, each with the shape of its factor, 0 for dead ranks.
 
     Raises:
         ValueError: If the sequences are empty or differ in length.
     """
     _check(down, up)
     dtype = dtype or torch.float32
+    total = torch.zeros((), dtype=torch.float32, device=down[0].device)
     gradients: tuple[list, list] = ([None] * len(down), [None] * len(up))
     for rank_dim, factors in enumerate((down, up)):
         for position, factor in enumerate(factors):
@@ -165,6 +166,7 @@ def orthogonality_gradient(
                 gradients[rank_dim][position] = torch.zeros_like(factor, dtype=dtype)
         for positions, stack, masks in _stacks(factors, alive or [None] * len(down), rank_dim):
             residual, norm = _residual(stack, masks, rank_dim)
+            total = total + norm.sum().to(total.device)
             # a residual within rounding of 0 has no direction; the floor lets its gradient vanish
             floor = torch.finfo(norm.dtype).eps * 8 * residual.shape[1]
             residual *= weight / len(down) / norm.clamp_min(floor)
@@ -172,4 +174,4 @@ def orthogonality_gradient(
             for position, each in zip(positions, gradient.to(dtype).unbind(), strict=True):
                 r = factors[position].shape[rank_dim]
                 gradients[rank_dim][position] = each if r == each.shape[rank_dim] else each.narrow(rank_dim, 0, r)
-    return gradients
+    return total / (2 * len(down)), gradients

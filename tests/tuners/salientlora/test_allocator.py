@@ -193,6 +193,7 @@ def test_a_packed_state_goes_on_like_the_original(step: int) -> None:
 def test_a_refused_state_changes_nothing() -> None:
     allocator = make_allocator()
     record(allocator, 6)
+    allocator.record(list(series(7).split(SIZES)), None)
     before = allocator.pack()
     for blob, sizes in ((torch.zeros(30, dtype=torch.uint8), SIZES), (make_allocator([2, 2]).pack(), SIZES)):
         with pytest.raises(ValueError, match="allocation state in the checkpoint"):
@@ -449,6 +450,56 @@ def test_reference_mode_resumes_after_its_allocation(tmp_path: Path) -> None:
     train(again, LLAMA, tmp_path / "b", max_steps=32, resume=str(tmp_path / "a" / "checkpoint-28"))
     assert sum(get_rank_pattern(model).values()) > 28
     assert_close(weights(again), weights(model), 1e-6)
+
+
+def regularizer(model: PeftModel) -> torch.Tensor:
+    """1 / (2 M) * sum of ||A A^T - I||_F + ||B^T B - I||_F over the living ranks, literally."""
+    terms = []
+    for layer in model.base_model.adapter_layers("default").values():
+        A, _, B = (factor.detach().double() for factor in layer.stored("default"))
+        keep = layer.salientlora_mask.get("default", torch.ones(len(A))).bool()
+        for F in (A[keep], B[:, keep].T):
+            terms.append(torch.sqrt(((F @ F.T - torch.eye(len(F), dtype=F.dtype)) ** 2).sum()))
+    return sum(terms) / len(terms)
+
+
+@pytest.mark.parametrize("loop", ["regularized", "resumed", "not regularized", "weight of 0", "every other step"])
+def test_the_window_holds_the_regularizer_after_every_step(
+    loop: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a loop that regularizes, the value comes with the next step's gradient, also from a checkpoint."""
+    windows: list[torch.Tensor] = []
+
+    def scores(window: torch.Tensor, values: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
+        windows.append(values.clone())
+        return salience_scores(window, values, *args, **kwargs)
+
+    monkeypatch.setattr("peft_rank.tuners.salientlora.allocator.salience_scores", scores)
+    model = adapted(LLAMA, init_weights=False, orth_reg_weight=0.0 if loop == "weight of 0" else 0.3)
+    model.base_model.resolve_schedule(40)
+    expected: list[torch.Tensor] = []
+    for step in range(1, DECISIONS[-1] + 1):
+        tuner = model.base_model
+        optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+        model(**LLAMA.make_batch(8, seed=step)).loss.backward()
+        if loop != "not regularized" and (loop != "every other step" or step % 2):
+            tuner.add_regularization_gradient()
+        optimizer.step()
+        expected.append(regularizer(model))
+        tuner.update_and_allocate(step)
+        optimizer.zero_grad()
+        if loop == "resumed" and step == DECISIONS[1] - 2:
+            model.save_pretrained(tmp_path)
+            model = PeftModel.from_pretrained(LLAMA.make_model(), str(tmp_path), is_trainable=True).train()
+            model.base_model.resolve_schedule(40)
+    starts = [WARMUP, *DECISIONS[:-1]]
+    for values, first, last in zip(windows, starts, DECISIONS, strict=True):
+        wanted = torch.stack(expected[first:last])
+        if loop == "every other step":
+            # where no gradient came, the value is of the step after
+            assert len(values) == len(wanted) and values[-1].item() == pytest.approx(wanted[-1].item(), rel=1e-5)
+        else:
+            torch.testing.assert_close(values.double(), wanted, rtol=1e-5, atol=0)
 
 
 def test_the_summary_of_a_deep_copy_is_its_own() -> None:

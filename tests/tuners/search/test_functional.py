@@ -102,6 +102,15 @@ def test_half_precision(how: str) -> None:
     assert float((logits.grad - exact_logits.grad).norm() / exact_logits.grad.norm()) < 0.02
 
 
+def test_the_gradient_of_a_mask_may_be_beyond_float16() -> None:
+    """15 tokens of 8,000 each."""
+    x, down, up = torch.full((15, 16), 1.0), torch.full((4, 16), 5.0), torch.full((4, 16), 6.25)
+    mask = torch.ones(4, requires_grad=True)
+    step = StepMask(mask, None, 0)
+    masked_product(x.half(), down.half(), up.half(), None, step).sum().backward()
+    assert_close(mask.grad, torch.full((4,), 15 * 80.0 * 100.0), 0)
+
+
 def test_factors_get_no_gradient_and_no_input_gradient_is_computed_in_vain() -> None:
     given = _problem(6)
     logits = given["logits"].requires_grad_()

@@ -36,6 +36,7 @@ class RankAllocator:
         last_step (`int`): The last optimizer step that was seen.
         recorded (`int`): Number of steps that were recorded in the allocation phase.
         decided_step (`int`): `step` of the last decision that was taken, -1 for none.
+        awaits (`bool`): Whether the regularizer's value is still missing beside the last step of the window.
         rolled_back (`bool`): Whether an older checkpoint was loaded over this run.
         closed (`bool`): Whether the allocation was finalized: what is dead is not even saved.
     """
@@ -50,6 +51,7 @@ class RankAllocator:
         self.last_step = 0
         self.recorded = 0
         self.decided_step = -1
+        self.awaits = False
         self.rolled_back = False
         self.closed = False
         self.schedule: AllocationSchedule | None = None
@@ -127,18 +129,21 @@ class RankAllocator:
         self.last_step = self.recorded = self._rows = 0
         self._gradient = None
         self.decided_step = -1
-        self.rolled_back = False
+        self.awaits = self.rolled_back = False
 
     def wants(self, step: int) -> bool:
         """Whether the singular values after `step` belong to the allocation phase."""
         return not self.finished and bool(self.pending) and step > self.schedule.warmup_steps
 
     def record(
-        self, values: Sequence[torch.Tensor], regularizer: torch.Tensor, gradient: torch.Tensor | None = None
+        self,
+        values: Sequence[torch.Tensor],
+        regularizer: torch.Tensor | None,
+        gradient: torch.Tensor | None = None,
     ) -> None:
-        """Append a step to the window: the singular values, one (r,) tensor a module, the regularizer's value, a scalar, and
-        the gradient of the singular values, (N,), if they are to be weighed by it."""
-        device = regularizer.device
+        """Append a step to the window: the singular values, one (r,) tensor a module, the regularizer's value, a scalar, or
+        None if it is still to come, and the gradient of the singular values, (N,), if they are to be weighed by it."""
+        device = values[0].device if regularizer is None else regularizer.device
         if self._rows == 0:
             self._gradient = None
         if self._rows == len(self._window) or self._window.device != device:
@@ -146,12 +151,18 @@ class RankAllocator:
         if len({value.device for value in values}) > 1:
             values = [value.to(device) for value in values]
         torch.cat([value.detach().float() for value in values], out=self._window[self._rows])
-        self._regularizer[self._rows] = regularizer
         if gradient is not None:
             gradient = gradient.abs().to(device)
             self._gradient = gradient if self._gradient is None else self._gradient.add_(gradient)
         self._rows += 1
         self.recorded += 1
+        self.complete(torch.zeros((), device=device) if regularizer is None else regularizer)
+        self.awaits = regularizer is None
+
+    def complete(self, regularizer: torch.Tensor) -> None:
+        """The regularizer's value, a scalar, at the last step of the window."""
+        self._regularizer[self._rows - 1] = regularizer
+        self.awaits = False
 
     def _reserve(self, device: torch.device) -> None:
         """Rows for the longest window still to come, on `device`, keeping what is recorded."""
@@ -247,7 +258,7 @@ class RankAllocator:
         }
         if self._gradient is not None:
             tensors["gradient"] = self._gradient.cpu()
-        clock = {"last_step": self.last_step, "recorded": self.recorded, "decided_step": self.decided_step}
+        clock = {name: int(getattr(self, name)) for name in ("last_step", "recorded", "decided_step", "awaits")}
         return pack_state(tensors, clock)
 
     def unpack(self, blob: torch.Tensor, sizes: Sequence[int]) -> None:
@@ -272,4 +283,4 @@ class RankAllocator:
         self._window, self._regularizer = tensors["window"], tensors["regularizer"]
         self._rows, self._gradient = len(self._window), tensors.get("gradient")
         self.last_step, self.recorded = clock["last_step"], clock["recorded"]
-        self.decided_step = clock["decided_step"]
+        self.decided_step, self.awaits = clock["decided_step"], bool(clock.get("awaits"))

@@ -131,6 +131,24 @@ class SalientLoRAModel(AdditiveTuner, SalientLoRATraining):
         name = (self._trained_adapters() or self.active_adapters)[0]
         return dict(zip(self.adapter_layers(name), self.allocator(name).living(), strict=True))
 
+    def _warn_if_never_allocated(self, adapter_name: str, in_training: bool = True) -> None:
+        message = self._never_allocated(adapter_name)
+        # a checkpoint of the warm-up has recorded nothing yet
+        warming_up = in_training and self.allocator(adapter_name).last_step > 0
+        if message is not None and not warming_up and not self.peft_config[adapter_name].inference_mode:
+            warnings.warn(message, stacklevel=2)
+
+    def _warn_if_unfinished(self, adapter_name: str) -> None:
+        """Also of an adapter that was loaded for inference. One that never ran is told of by `_warn_if_never_allocated`."""
+        allocator = self.allocator(adapter_name)
+        begun = allocator.recorded > 0 or (allocator.last_step > 0 and self.peft_config[adapter_name].inference_mode)
+        if begun and not allocator.finished and not allocator.closed:
+            warnings.warn(
+                f"The allocation has not finished: adapter {adapter_name!r} is merged with {allocator.total} ranks, "
+                f"{allocator.target_total} are the budget. Train it to the end, or call `model.base_model.finalize()` first.",
+                stacklevel=3,
+            )
+
     def _check_merge_allowed(self) -> None:
         super()._check_merge_allowed()
         for adapter_name in self.active_adapters:

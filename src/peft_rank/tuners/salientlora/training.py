@@ -13,7 +13,7 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers.trainer_pt_utils import get_model_param_count
 
-from peft_rank.orthogonality import orthogonality, orthogonality_gradient
+from peft_rank.orthogonality import orthogonality, orthogonality_with_gradient
 
 from ..adaptive import AdaptiveRankTuner, ShrinkPolicy, add_to_gradients, check_step
 from ..sharding import gather, in_full_precision, is_distributed
@@ -32,11 +32,14 @@ class SalientLoRATraining(AdaptiveRankTuner):
         # injection, which the base class starts, needs it
         self._allocators: dict[str, RankAllocator] = {}
         self._loss_scale = 1.0  # of the gradients that are watched
+        # adapters whose regularizer was computed since their last step was recorded
+        self._regularized: set[str] = set()
         super().__init__(*args, **kwargs)
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
         self._allocators.pop(adapter_name, None)
+        self._regularized.discard(adapter_name)
 
     def allocator(self, adapter_name: str) -> RankAllocator:
         """The allocator of the adapter, made on first use."""
@@ -91,12 +94,16 @@ class SalientLoRATraining(AdaptiveRankTuner):
     def _regularization(
         self, adapter_name: str, factor: float = 1.0, dtype: torch.dtype | None = None
     ) -> list[tuple[list[nn.Parameter], list[torch.Tensor]]]:
-        """A of every module with the gradients of the weighted regularizer, and B likewise; nothing at weight 0."""
+        """A of every module with the gradients of the weighted regularizer, and B likewise; nothing at weight 0. Its value
+        goes to the step that was recorded last, since when nothing has been trained."""
         weight = self.peft_config[adapter_name].orth_reg_weight * factor
         if weight == 0:
             return []
         stored = self._stored(adapter_name)
-        gradients = orthogonality_gradient(*self._factors(adapter_name, stored), weight, dtype)
+        value, gradients = orthogonality_with_gradient(*self._factors(adapter_name, stored), weight, dtype)
+        self._regularized.add(adapter_name)
+        if self.allocator(adapter_name).awaits:
+            self.allocator(adapter_name).complete(value)
         return list(zip((stored[0], stored[2]), gradients, strict=True))
 
     def _stored(self, adapter_name: str) -> list[tuple[nn.Parameter, ...]]:
@@ -109,8 +116,10 @@ class SalientLoRATraining(AdaptiveRankTuner):
         out where it is not given, which takes a while under ZeRO-3."""
         down, _, up = stored or self._stored(adapter_name)
         full = gather([*down, *up])
-        layers = self.adapter_layers(adapter_name).values()
-        return full[: len(down)], full[len(down) :], [layer.salientlora_mask.get(adapter_name) for layer in layers]
+        return full[: len(down)], full[len(down) :], self._masks(adapter_name)
+
+    def _masks(self, adapter_name: str) -> list[torch.Tensor | None]:
+        return [layer.salientlora_mask.get(adapter_name) for layer in self.adapter_layers(adapter_name).values()]
 
     def _refuse_sharded(self, adapter_name: str) -> None:
         for name, layer in self.adapter_layers(adapter_name).items():
@@ -142,6 +151,7 @@ class SalientLoRATraining(AdaptiveRankTuner):
             decision = allocator.due(global_step)
             if decision is not None:
                 decided = True
+                self._complete_window(name)
                 self._warn_if_without_gradient(name)
                 self._prune(name, allocator.decide(decision))
                 if shrink == "each" or allocator.finished:
@@ -173,18 +183,28 @@ class SalientLoRATraining(AdaptiveRankTuner):
             ) from error
 
     def _record(self, adapter_name: str, at_hand: torch.Tensor | None = None) -> None:
-        """Append the present state to the window; `at_hand` stands in for the gradient of E where that is gone."""
+        """Append the present state to the window; `at_hand` stands in for the gradient of E where that is gone. In a loop
+        that regularizes, the regularizer's value comes with its next gradient."""
+        self._complete_window(adapter_name)
         stored = self._stored(adapter_name)
-        down, up, alive = self._factors(adapter_name, stored)
         values = gather(in_full_precision(stored[1]))
-        masks = {i: mask.to(values[i]) for i, mask in enumerate(alive) if mask is not None}
+        masks = {i: mask.to(values[i]) for i, mask in enumerate(self._masks(adapter_name)) if mask is not None}
         replace(values, masks, torch._foreach_mul)
         gradient = None
         if self.peft_config[adapter_name].weighs_gradients:
             gradient = self._gradient_of_E(adapter_name, stored[1], values)
             if at_hand is not None and (gradient is None or not gradient.any()):
                 gradient = at_hand
-        self.allocator(adapter_name).record(values, orthogonality(down, up, alive), gradient)
+        regularizer = (
+            None if adapter_name in self._regularized else orthogonality(*self._factors(adapter_name, stored))
+        )
+        self._regularized.discard(adapter_name)
+        self.allocator(adapter_name).record(values, regularizer, gradient)
+
+    def _complete_window(self, adapter_name: str) -> None:
+        """Compute the regularizer's value of the last step, if it is missing."""
+        if self.allocator(adapter_name).awaits:
+            self.allocator(adapter_name).complete(orthogonality(*self._factors(adapter_name)))
 
     def _gradient_of_E(
         self, adapter_name: str, stored: tuple[nn.Parameter, ...], values: list[torch.Tensor]
@@ -295,6 +315,7 @@ class SalientLoRATraining(AdaptiveRankTuner):
         if not allocator.has_window:
             # nothing has been trained since the last decision, so that its gradients are the latest
             self._record(name, allocator.gradient)
+        self._complete_window(name)
         self._warn_if_without_gradient(name)
         self._prune(name, allocator.decide(last))
 
@@ -339,24 +360,6 @@ class SalientLoRATraining(AdaptiveRankTuner):
             "`model.base_model.update_and_allocate(step)` after every optimizer step; for an adapter of fixed rank set "
             "`target_r` to `init_r`."
         )
-
-    def _warn_if_never_allocated(self, adapter_name: str, in_training: bool = True) -> None:
-        message = self._never_allocated(adapter_name)
-        # a checkpoint of the warm-up has recorded nothing yet
-        warming_up = in_training and self.allocator(adapter_name).last_step > 0
-        if message is not None and not warming_up and not self.peft_config[adapter_name].inference_mode:
-            warnings.warn(message, stacklevel=2)
-
-    def _warn_if_unfinished(self, adapter_name: str) -> None:
-        """Also of an adapter that was loaded for inference. One that never ran is told of by `_warn_if_never_allocated`."""
-        allocator = self.allocator(adapter_name)
-        begun = allocator.recorded > 0 or (allocator.last_step > 0 and self.peft_config[adapter_name].inference_mode)
-        if begun and not allocator.finished and not allocator.closed:
-            warnings.warn(
-                f"The allocation has not finished: adapter {adapter_name!r} is merged with {allocator.total} ranks, "
-                f"{allocator.target_total} are the budget. Train it to the end, or call `model.base_model.finalize()` first.",
-                stacklevel=3,
-            )
 
     def rank_summary(self) -> dict[str, float]:
         name = (self._trained_adapters() or self.active_adapters)[0]

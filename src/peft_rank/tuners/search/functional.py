@@ -23,7 +23,8 @@ COMPACT_BELOW = 0.75
 
 COMPACT_FROM = 2.0**38
 """Operations that copying has to spare a module on a GPU: with fewer, the host takes longer to launch the copies than the
-GPU to multiply all rows. 4096 x 4096 with 60 % of the ranks masked out: some 3,500 tokens."""
+GPU to multiply all rows. 4096 x 4096 with 60 % of the ranks masked out: some 3,400 tokens. Ranks without a slope, which
+get no gradient where they are left out, get their small one then."""
 
 ROW_MULTIPLE = 8
 """Half-precision products of other widths are several times slower."""
@@ -33,7 +34,8 @@ class StepMask(NamedTuple):
     """The mask of one module for one step.
 
     Attributes:
-        mask (`Tensor`): (k,), 0 or 1 in the dtype of the products, with the gradient of the soft mask.
+        mask (`Tensor`): (k,), 0 or 1 in the dtype of the products (float32 where that is float16), with the gradient of the
+            soft mask.
         rows (`Tensor`, *optional*): (n,) int64: the ranks that the step needs, those in the mask first, and some that it
             does not need, to have a multiple of `ROW_MULTIPLE`; None for all.
         kept (`int`): How many of `rows` are in the mask.
@@ -110,8 +112,8 @@ def masked_product(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, ste
     """y = ((x down^T) * mask) up + bias, with frozen factors and bias, of which `step` says what they are for.
 
     The gradient of the mask is hidden state times its gradient, summed over tokens; factors get none, so that four
-    products of a step are all. The mask multiplies whichever is smaller, hidden states or a factor. With `rows`, ranks
-    outside of them are in no product, and forward and the gradient of x take the masked-in ones alone.
+    products of a step are all. With more tokens than outputs the mask multiplies the factor instead of the hidden state.
+    With `rows`, ranks outside of them are in no product, and forward and the gradient of x take the masked-in ones alone.
 
     Shapes: x (..., in), down (k, in), up (k, out), bias (out,) or None.
     """
@@ -119,15 +121,17 @@ def masked_product(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, ste
     if rows is not None and x.device.type != "cpu":
         spared = 4 * tokens * (down.shape[0] - rows.shape[0]) * (down.shape[1] + up.shape[1])
         rows = rows if spared >= COMPACT_FROM else None
-    if rows is not None or down.dtype != dtype or tokens > up.shape[1]:
+    # a sum over tokens may be beyond float16, whose masks are in float32
+    if rows is not None or not down.dtype == step.mask.dtype == dtype or tokens > up.shape[1]:
         return MaskedProduct.apply(x, step.mask, down, up, bias, rows, step.kept)
     # what autograd keeps of these is the hidden state alone; its own functions take a third of the host's time
-    hidden = linear(in_dtype(x, dtype), down) * in_dtype(step.mask, dtype)
+    hidden = linear(in_dtype(x, dtype), down) * step.mask
     return linear(hidden, up.t(), bias if bias is None else in_dtype(bias, dtype))
 
 
 class MaskedProduct(Function):
-    """`masked_product` where autograd's functions would keep copies of factors, or multiply the larger side."""
+    """`masked_product` where ranks are left out, or where autograd's functions would keep copies of factors, multiply the
+    larger side or sum in float16."""
 
     @staticmethod
     def forward(

@@ -141,8 +141,10 @@ class RankSearchTraining(AdaptiveRankTuner):
         # a compiled model would be compiled anew for every other number of rows
         rows = [(None, 0)] * len(sizes) if compiled else needed_rows(soft, hard, sizes)
         self._selected_from = None
-        # in float32 up to here; unbound, whose backward is one kernel for all modules
-        masks = hard.to(compute_dtype(next(iter(layers.values())).factors.up)).unbind(0)
+        # in float32 up to here, and in float16 not even then: see `masked_product`
+        dtype = compute_dtype(next(iter(layers.values())).factors.up)
+        # unbound, whose backward is one kernel for all modules
+        masks = (hard if dtype == torch.float16 else hard.to(dtype)).unbind(0)
         for layer, mask, size, needed in zip(layers.values(), masks, sizes, rows, strict=True):
             # a slice has a node of its own, which only a gradient of this module reaches
             layer.begin_step(StepMask(mask[:size] if size < hard.shape[1] or not layer._reached else mask, *needed))
