@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from peft_rank import SalientLoRAConfig
 from peft_rank.allocation.salience import salience_scores
-from peft_rank.orthogonality import orthogonality, orthogonality_gradient
+from peft_rank.orthogonality import orthogonality, orthogonality_with_gradient
 from peft_rank.tuners.salientlora import allocator as salient_allocator
 
 
@@ -273,7 +273,7 @@ class StackedTraining:
     def _add_regularization_gradient(self) -> None:
         """As each tuner's `add_regularization_gradient`."""
         factors = self._factors_of_salientlora()
-        gradients = torch.vmap(orthogonality_gradient)(*factors, self.orth_reg_weights)
+        gradients = torch.vmap(orthogonality_with_gradient)(*factors, self.orth_reg_weights)[1]
         for kind, pieces in zip("AB", gradients, strict=True):
             rows = torch.cat([piece.flatten(1) for piece in pieces], 1)
             torch._foreach_add_([leaf.grad for leaf in self.leaves[kind]], list(rows.unbind()))

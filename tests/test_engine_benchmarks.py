@@ -92,12 +92,12 @@ def test_tables_show_what_was_measured(engines: ModuleType, tmp_path: Path, monk
     parts = {"milliseconds": 40.5, "regularizer_ms": 1.5, "recording_ms": 0.25, "decision_ms": 9.0}
     allocation = {"tokens_per_second": 900, "peak_gib": 1.5, **parts}
     measured = {"agreement": {"ranks_elsewhere": 0}, "allocation": allocation, "fixed": {"tokens_per_second": 950}}
-    results.add({"engine": "zero2", **measured})
+    results.add({"engine": "zero2", "slower_than_fixed": 0.0123, **measured})
     results.add({"engine": "fsdp2", "error": "MemoryError"})
     page = "\n".join(tables.engines())
     assert "LLaMA-tiny shape, random weights, 2 x 16 tokens a step on 2 GPUs" in page
-    assert "| ZeRO-2 | 0 | 900 | 1.5 | 950 |  | 40.5 | 1.5 | 0.25 | 9.0 |" in page
-    assert "| FSDP2 | failed |  |  |  |  |  |  |  |  |" in page
+    assert "| ZeRO-2 | 0 | 900 | 1.5 | 950 |  | 1.2 | 40.5 | 1.5 | 0.25 | 9.0 |" in page
+    assert "| FSDP2 | failed |  |  |  |  |  |  |  |  |  |" in page
 
 
 def test_an_engine_that_hangs_is_told_to_end(engines: ModuleType) -> None:
