@@ -41,12 +41,12 @@ SEVERAL_GPUS = (
 ENGINES = {
     "multi_gpu": (
         "Several GPUs, 16 rows a GPU",
-        f"{SEVERAL_GPUS} One process ran beside another benchmark on the same host. ZeRO-1 and FSDP2: not run at this size.",
+        SEVERAL_GPUS,
         several_gpus,
     ),
     "multi_gpu_8_rows": (
         "Several GPUs, 8 rows a GPU",
-        f"{SEVERAL_GPUS} Measured before gradients were cast, masked and watched for all modules at once.",
+        SEVERAL_GPUS,
         several_gpus,
     ),
     "quantized": (

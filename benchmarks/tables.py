@@ -46,7 +46,8 @@ def table(header: list[str], rows: list[list[Any]]) -> str:
 def origin(result: dict[str, Any]) -> str:
     environment = result["environment"]
     versions = ", ".join(f"{name} {environment[name]}" for name in ("torch", "transformers", "peft"))
-    return f"Measured {environment['date']} on {environment['device'].strip()}, {versions}.\n"
+    measured = f"Measured {environment['date']} on {environment['device'].strip()}, {versions}."
+    return " ".join([measured, *([environment["note"]] if "note" in environment else [])]) + "\n"
 
 
 def training_step(result: dict[str, Any], section: str) -> str:
@@ -292,7 +293,7 @@ def learned() -> list[str]:
             tokens = f"{settings['batch']} x {settings['tokens']} tokens"
             columns = list(dict.fromkeys(key for row in result["rows"] for key in row))
             lines = [[row.get(column, "") for column in columns] for row in result["rows"]]
-            note = f"LLaMA-7B shape, {settings['layers']} layers, bfloat16. The host was shared with six other trainings.\n"
+            note = f"LLaMA-7B shape, {settings['layers']} layers, bfloat16.\n"
             parts += [f"## A step of a search, {tokens}\n", note, origin(result), table(columns, lines)]
     return parts
 

@@ -134,13 +134,15 @@ def _of_zero(parameters: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """Stages 1 and 2: each process holds pieces of one long vector, which may begin and end within a parameter."""
     flat = torch.zeros(sum(p.numel() for p in parameters), dtype=torch.float32, device=parameters[0].device)
     parts = flat.split([p.numel() for p in parameters])
-    # a parameter without a mapping is elsewhere
-    held = [(part, p._hp_mapping) for p, part in zip(parameters, parts, strict=True) if p._hp_mapping is not None]
-    if held:
-        addresses = [(part, mapping.lp_fragment_address) for part, mapping in held]
-        own = [part[address.start : address.start + address.numel] for part, address in addresses]
-        # with offload they are in another memory
-        torch._foreach_copy_(own, [mapping.get_hp_fragment().view(-1) for _, mapping in held])
+    own, fragments = [], []
+    for parameter, part in zip(parameters, parts, strict=True):
+        mapping = parameter._hp_mapping
+        if mapping is not None:  # or all of it is elsewhere
+            address = mapping.lp_fragment_address
+            own.append(part[address.start : address.start + address.numel])
+            fragments.append(mapping.get_hp_fragment().view(-1))
+    if own:
+        torch._foreach_copy_(own, fragments)  # with offload from another memory
     dist.all_reduce(flat, group=parameters[0]._dp_group)
     return [part.view(parameter.shape) for parameter, part in zip(parameters, parts, strict=True)]
 

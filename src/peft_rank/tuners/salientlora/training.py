@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,9 +73,10 @@ class SalientLoRATraining(AdaptiveRankTuner):
 
     def add_regularization_gradient(self) -> None:
         for name in self._trained_adapters():
-            self._refuse_sharded(name)
+            stored = self._stored(name)
+            self._refuse_sharded(name, stored[0])
             # each factor for itself: where one gradient's layout is another, that of all would be added one by one
-            for parameters, gradients in self._regularization(name):
+            for parameters, gradients in zip(stored[::2], self._regularization(name, stored), strict=False):
                 add_to_gradients(parameters, gradients)
 
     def arm_regularization(self, loss_scale: float = 1.0) -> None:
@@ -85,26 +87,30 @@ class SalientLoRATraining(AdaptiveRankTuner):
                 self._loss_scale = loss_scale
                 for layer in layers:
                     layer._watched[name] = None
+            stored = self._stored(name)
             # cast for all modules at once, not by each of them in the backward
-            regularization = self._regularization(name, loss_scale, next(iter(layers)).stored(name).A.dtype)
-            if regularization:
-                for layer, *pair in zip(layers, *(gradients for _, gradients in regularization), strict=True):
+            gradients = self._regularization(name, stored, loss_scale, stored[0][0].dtype)
+            if gradients:
+                for layer, *pair in zip(layers, *gradients, strict=True):
                     layer._armed[name] = pair
 
     def _regularization(
-        self, adapter_name: str, factor: float = 1.0, dtype: torch.dtype | None = None
-    ) -> list[tuple[list[nn.Parameter], list[torch.Tensor]]]:
-        """A of every module with the gradients of the weighted regularizer, and B likewise; nothing at weight 0. Its value
-        goes to the step that was recorded last, since when nothing has been trained."""
+        self,
+        adapter_name: str,
+        stored: list[tuple[nn.Parameter, ...]],
+        factor: float = 1.0,
+        dtype: torch.dtype | None = None,
+    ) -> Sequence[list[torch.Tensor]]:
+        """The weighted regularizer's gradients for A of all modules and for B of all; nothing at weight 0. Its value goes
+        to the step that was recorded last, since when nothing has been trained."""
         weight = self.peft_config[adapter_name].orth_reg_weight * factor
         if weight == 0:
-            return []
-        stored = self._stored(adapter_name)
+            return ()
         value, gradients = orthogonality_with_gradient(*self._factors(adapter_name, stored), weight, dtype)
         self._regularized.add(adapter_name)
         if self.allocator(adapter_name).awaits:
             self.allocator(adapter_name).complete(value)
-        return list(zip((stored[0], stored[2]), gradients, strict=True))
+        return gradients
 
     def _stored(self, adapter_name: str) -> list[tuple[nn.Parameter, ...]]:
         """A of all modules, E of all, B of all: the parameters as they are."""
@@ -121,9 +127,9 @@ class SalientLoRATraining(AdaptiveRankTuner):
     def _masks(self, adapter_name: str) -> list[torch.Tensor | None]:
         return [layer.salientlora_mask.get(adapter_name) for layer in self.adapter_layers(adapter_name).values()]
 
-    def _refuse_sharded(self, adapter_name: str) -> None:
-        for name, layer in self.adapter_layers(adapter_name).items():
-            if layer.stored(adapter_name).A.dim() != 2:
+    def _refuse_sharded(self, adapter_name: str, down: tuple[nn.Parameter, ...]) -> None:
+        for name, A in zip(self.adapter_layers(adapter_name), down, strict=True):
+            if A.dim() != 2:
                 raise RuntimeError(
                     f"The factors of {name} are sharded, so that their gradient cannot be added to here. Call "
                     "`arm_regularization()` before the first forward of every optimizer step instead."
@@ -230,13 +236,10 @@ class SalientLoRATraining(AdaptiveRankTuner):
         return gradient / self._loss_scale
 
     def _warn_if_without_gradient(self, adapter_name: str) -> None:
-        weighs = self.peft_config[adapter_name].weighs_gradients
+        if not self.peft_config[adapter_name].weighs_gradients or self.allocator(adapter_name).gradient is not None:
+            return
         # as long as B is 0 nothing has been trained
-        if (
-            weighs
-            and self.allocator(adapter_name).gradient is None
-            and any(B.any() for B in self._factors(adapter_name)[1])
-        ):
+        if any(B.any() for B in self._factors(adapter_name)[1]):
             warnings.warn(
                 f"The ranks of adapter {adapter_name!r} are compared by E alone, which says little where it starts at 1: there "
                 "was no gradient of E. Call `update_and_allocate` after `optimizer.step()` and before `optimizer.zero_grad()`.",
@@ -364,12 +367,11 @@ class SalientLoRATraining(AdaptiveRankTuner):
     def rank_summary(self) -> dict[str, float]:
         name = (self._trained_adapters() or self.active_adapters)[0]
         allocator = self.allocator(name)
-        regularizer = orthogonality(*self._factors(name))
         return {
             "rank/total": allocator.total,
             "rank/mean": allocator.total / len(allocator.sizes),
             "rank/budget": allocator.budget,
-            "orthogonality": float(regularizer),
+            "orthogonality": float(orthogonality(*self._factors(name))),
             "allocation/window": allocator.window_length,
             "parameters/trainable": get_model_param_count(self, trainable_only=True),
         }
