@@ -20,10 +20,11 @@ def several_gpus(result: dict[str, Any]) -> Cells:
         for name in ("allocation", "fixed"):
             line += [found[name].get("tokens_per_second", ""), found[name].get("peak_gib") or ""]
         parts = (found["allocation"].get(part, "") for part in PARTS)
-        longer = f"{100 * row['slower_than_fixed']:.1f}" if "slower_than_fixed" in row else ""
-        lines.append([*line, longer, *parts])
+        percent = [f"{100 * row[key]:.1f}" if key in row else "" for key in ("slower_than_fixed", "fixed_differ")]
+        lines.append([*line, *percent, *parts])
     columns = ["engine", "ranks elsewhere", "tokens/s", "peak GiB a GPU", "tokens/s, fixed ranks", "peak GiB, fixed"]
-    return [*columns, "a step longer by, %", "a step, ms", "regularizer", "recording", "a decision"], lines
+    columns += ["a step longer by, %", "fixed ranks twice, %"]
+    return [*columns, "a step, ms", "regularizer", "recording", "a decision"], lines
 
 
 def quantized_bases(result: dict[str, Any]) -> Cells:
@@ -33,7 +34,8 @@ def quantized_bases(result: dict[str, Any]) -> Cells:
 
 SEVERAL_GPUS = (
     "HF Trainer, LLaMA-{shape} shape, random weights, {batch} x {length} tokens a step on {processes} GPUs together (one "
-    "process: one GPU). Ranks elsewhere than with one process in fp32, on four blocks; all else in bfloat16. Milliseconds of a "
+    "process: one GPU). Ranks elsewhere than with one process in fp32, on four blocks; all else in bfloat16. Steps are "
+    "compared with those of fixed ranks, which were trained before and after, and differed themselves. Milliseconds of a "
     "step while it allocates, and in other steps of the regularizer, of recording and of the longest decision, waiting for the "
     "device before and after: upper bounds."
 )

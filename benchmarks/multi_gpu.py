@@ -5,12 +5,13 @@
     python benchmarks/multi_gpu.py --engines single ddp --processes 4
     python benchmarks/multi_gpu.py --shape tiny --engines single ddp zero2 zero3    # two processes on a CPU
 
-Every engine gets processes of its own and three trainings by the HF Trainer, with random weights and the same global batch:
+Every engine gets processes of its own and four trainings by the HF Trainer, with random weights and the same global batch:
 - agreement: fp32, four blocks; the final ranks have to be those of one process (`single`, which must come first);
 - allocation: bf16, the whole shape; time and memory while it allocates, and then, in other steps, what the regularizer's
   gradient takes, recording a step, and the longest decision, waiting for the device before and after each (upper bounds:
   they cannot overlap with anything then);
-- fixed: the same without callback, all ranks kept and no regularizer.
+- fixed, before it and once more after it: the same steps without callback, all ranks kept and no regularizer. By how much
+  these two differ says what a difference is worth.
 
 An engine takes a minute or two. The result file is written after each, and engines that it holds are not measured again.
 ZeRO needs `deepspeed`; FSDP2 needs GPUs.
@@ -56,7 +57,8 @@ FSDP2 = {
     "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
 }
-STEPS = 40  # of a training
+TRAININGS = ("agreement", "fixed", "allocation", "fixed again")
+STEPS = 40  # of a training that allocates
 # those that are timed, and those whose parts are: all of the third window, at whose end the budget is met
 FREE, WATCHED = range(8, 15), range(15, 25)
 
@@ -163,9 +165,10 @@ def make_model(
     return get_peft_model(base, config, autocast_adapter_dtype=args.worker != "zero3")
 
 
-def train(args: argparse.Namespace, folder: str, agreement: bool, allocate: bool) -> dict[str, Any]:
+def train(args: argparse.Namespace, folder: str, name: str) -> dict[str, Any]:
     """One training; what came of it, as this process sees it."""
     gc.collect()
+    agreement, allocate = name == "agreement", not name.startswith("fixed")
     cuda = torch.cuda.is_available()
     blocks = min(4, SHAPES[args.shape]["num_hidden_layers"]) if agreement else SHAPES[args.shape]["num_hidden_layers"]
     length = args.length // 4 if agreement else args.length
@@ -173,7 +176,7 @@ def train(args: argparse.Namespace, folder: str, agreement: bool, allocate: bool
     stage = ENGINES[args.worker]
     training_args = TrainingArguments(
         folder,
-        max_steps=STEPS,
+        max_steps=STEPS if allocate else FREE.stop,
         per_device_train_batch_size=args.batch // processes,
         learning_rate=1e-3,
         max_grad_norm=0.0,  # engines clip at different places
@@ -217,12 +220,8 @@ def work(args: argparse.Namespace) -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name, agreement, allocate in (
-            ("agreement", True, True),
-            ("allocation", False, True),
-            ("fixed", False, False),
-        ):
-            found[name] = train(args, folder, agreement, allocate)
+        for name in TRAININGS:
+            found[name] = train(args, folder, name)
             if int(os.environ.get("RANK", "0")) == 0:
                 args.result.write_text(json.dumps(found), encoding="utf-8")
             PartialState().wait_for_everyone()
@@ -271,12 +270,14 @@ def compare(row: dict[str, Any], single: dict[str, Any] | None) -> None:
         if single is not None and name in row and name in single:
             pairs = zip(row[name]["ranks"], single[name]["ranks"], strict=True)
             row[name]["ranks_elsewhere"] = sum(abs(ours - theirs) for ours, theirs in pairs) // 2
-    for name in ("allocation", "agreement", "fixed"):
+    for name in TRAININGS:
         if name in row:
-            ranks = row[name].pop("ranks") if name == "fixed" else row[name]["ranks"]
+            ranks = row[name].pop("ranks") if name.startswith("fixed") else row[name]["ranks"]
             row[name]["total_rank"] = sum(ranks)
-    if "fixed" in row:
-        row["slower_than_fixed"] = round(row["allocation"]["milliseconds"] / row["fixed"]["milliseconds"] - 1, 4)
+    if "fixed again" in row:
+        allocation, *fixed = (row[name]["milliseconds"] for name in ("allocation", "fixed", "fixed again"))
+        row["slower_than_fixed"] = round(allocation / statistics.mean(fixed) - 1, 4)
+        row["fixed_differ"] = round(max(fixed) / min(fixed) - 1, 4)
 
 
 SETTINGS = ("shape", "vocabulary", "batch", "length", "init_r", "target_r")

@@ -39,14 +39,20 @@ def test_trainings_of_an_engine(engines: ModuleType, tmp_path: Path) -> None:
         "agreement": 2 * MODULES,
         "allocation": 2 * MODULES,
         "fixed": 4 * MODULES,
+        "fixed again": 4 * MODULES,
     }
     assert row["agreement"]["ranks_elsewhere"] == 0
     parts = {name: {key for key in row[name] if key.endswith("_ms")} for name in row if isinstance(row[name], dict)}
     timed = {"regularizer_ms", "recording_ms", "decision_ms"}
-    assert parts == {"agreement": timed, "allocation": timed, "fixed": set()}
+    assert parts == {"agreement": timed, "allocation": timed, "fixed": set(), "fixed again": set()}
+    fixed = [row[name]["milliseconds"] for name in ("fixed", "fixed again")]
+    assert row["slower_than_fixed"] == pytest.approx(
+        row["allocation"]["milliseconds"] / (sum(fixed) / 2) - 1, abs=1e-4
+    )
+    assert row["fixed_differ"] == pytest.approx(max(fixed) / min(fixed) - 1, abs=1e-4)
     assert all(row["allocation"][part] > 0 for part in timed)
     assert row["allocation"]["recording_ms"] <= row["allocation"]["decision_ms"]
-    for name in ("agreement", "allocation", "fixed"):
+    for name in engines.TRAININGS:
         tokens = 2 * (4 if name == "agreement" else 16)
         seconds = row[name]["milliseconds"] / 1e3
         assert row[name]["tokens_per_second"] == pytest.approx(tokens / seconds, rel=0.02)
@@ -92,12 +98,12 @@ def test_tables_show_what_was_measured(engines: ModuleType, tmp_path: Path, monk
     parts = {"milliseconds": 40.5, "regularizer_ms": 1.5, "recording_ms": 0.25, "decision_ms": 9.0}
     allocation = {"tokens_per_second": 900, "peak_gib": 1.5, **parts}
     measured = {"agreement": {"ranks_elsewhere": 0}, "allocation": allocation, "fixed": {"tokens_per_second": 950}}
-    results.add({"engine": "zero2", "slower_than_fixed": 0.0123, **measured})
+    results.add({"engine": "zero2", "slower_than_fixed": 0.0123, "fixed_differ": 0.004, **measured})
     results.add({"engine": "fsdp2", "error": "MemoryError"})
     page = "\n".join(tables.engines())
     assert "LLaMA-tiny shape, random weights, 2 x 16 tokens a step on 2 GPUs" in page
-    assert "| ZeRO-2 | 0 | 900 | 1.5 | 950 |  | 1.2 | 40.5 | 1.5 | 0.25 | 9.0 |" in page
-    assert "| FSDP2 | failed |  |  |  |  |  |  |  |  |  |" in page
+    assert "| ZeRO-2 | 0 | 900 | 1.5 | 950 |  | 1.2 | 0.4 | 40.5 | 1.5 | 0.25 | 9.0 |" in page
+    assert "| FSDP2 | failed |  |  |  |  |  |  |  |  |  |  |" in page
 
 
 def test_an_engine_that_hangs_is_told_to_end(engines: ModuleType) -> None:
