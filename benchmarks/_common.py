@@ -124,17 +124,29 @@ def synchronize() -> None:
         torch.cuda.synchronize()
 
 
-def time_steps(step: Callable[[], None], steps: int, warmup: int) -> dict[str, float]:
+def time_steps(
+    step: Callable[[], None], steps: int, warmup: int, beside: Callable[[], None] | None = None
+) -> dict[str, float]:
     """Median and interquartile range of single steps, each waited for. On a GPU also what its kernels take alone, what
-    the host takes to launch them (a step takes the longer of the two, and a little more), and the peak of memory."""
+    the host takes to launch them (a step takes the longer of the two, and a little more), and the peak of memory.
+
+    With a step to compare with, `beside`, each is preceded by one of those, whose median is `beside_ms`: what a host that
+    others use, too, takes changes by the minute."""
     cuda = torch.cuda.is_available()
     for _ in range(warmup):
+        if beside is not None:
+            beside()
         step()
     synchronize()
     if cuda:
         torch.cuda.reset_peak_memory_stats()
-    times, host = [], []
+    times, host, others = [], [], []
     for _ in range(steps):
+        if beside is not None:
+            start = time.perf_counter()
+            beside()
+            synchronize()
+            others.append(1e3 * (time.perf_counter() - start))
         start = time.perf_counter()
         step()
         host.append(1e3 * (time.perf_counter() - start))
@@ -142,6 +154,8 @@ def time_steps(step: Callable[[], None], steps: int, warmup: int) -> dict[str, f
         times.append(1e3 * (time.perf_counter() - start))
     spread = statistics.quantiles(times, n=4) if steps > 1 else 3 * times
     found = {"ms": round(statistics.median(times), 2), "ms_iqr": round(spread[2] - spread[0], 2)}
+    if others:
+        found["beside_ms"] = round(statistics.median(others), 2)
     if cuda:
         peak = torch.cuda.max_memory_allocated()
         with profile(activities=[ProfilerActivity.CUDA]) as profiled:

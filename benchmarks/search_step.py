@@ -4,9 +4,10 @@
     python benchmarks/search_step.py                    # 32 layers in bfloat16: one GPU of 80 GB
 
 Weights and factors are random: a step takes as long as with real ones. The bound is the same model with every linear as
-two frozen products of full rank, forward and backward. A search is measured at its start, where all ranks are in the mask,
-and late, with `--late` of the ranks likely and the others hopeless, and with every block of the decoder compiled, beside
-the products compiled likewise. L2LRC is measured without and with distillation, whose dense model runs forward besides.
+two frozen products of full rank, forward and backward; its steps and those of a search take turns. A search is measured
+at its start, where all ranks are in the mask, and late, with `--late` of the ranks likely and the others hopeless, and
+with every block of the decoder compiled, beside the products compiled likewise. L2LRC is measured without and with
+distillation, whose dense model runs forward besides.
 """
 
 from __future__ import annotations
@@ -90,25 +91,32 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ids = torch.randint(0, 32_000, (args.batch, args.tokens), device=device)
 
+    dense = bound(llama(args))
+    held = sum(p.numel() * p.element_size() for p in dense.parameters()) / 2**30
+
+    def both() -> None:
+        dense(input_ids=ids, labels=ids).loss.backward()
+
     def row(name: str, step: Callable[[], None], products: dict[str, Any] | None) -> dict[str, Any]:
-        told: dict[str, Any] = {"step": name, **time_steps(step, args.repeats, WARMUP)}
+        told: dict[str, Any] = {
+            "step": name,
+            **time_steps(step, args.repeats, WARMUP, None if products is None else both),
+        }
         if products is not None:
-            told["of the products"] = round(told["ms"] / products["ms"], 3)
+            told["of the products"] = round(told["ms"] / told["beside_ms"], 3)
             if "kernels_ms" in told:
                 told["of their kernels"] = round(told["kernels_ms"] / products["kernels_ms"], 3)
+                # the products' own model is no part of a search
+                told["peak_gib"] = round(told["peak_gib"] - held, 2)
         return told
 
-    model = llama(args)
-    dense = bound(model)
-    products = row("two products, full rank", lambda: dense(input_ids=ids, labels=ids).loss.backward(), None)
+    products = row("two products, full rank", both, None)
     yield products
     compile_blocks(dense, args.backend)
-    compiled = row("two products, compiled", lambda: dense(input_ids=ids, labels=ids).loss.backward(), None)
+    compiled = row("two products, compiled", both, None)
     yield compiled
+    uncompile_blocks(dense)
     for name in args.searches:
-        del model
-        dense = None
-        gc.collect()
         model = llama(args)
         with mock.patch.object(search_model, "decompose_weight", random_spectrum):
             config = SEARCHES[name](target_ratio=0.8, exclude_modules=["lm_head"], target_modules="all-linear")
@@ -127,12 +135,15 @@ def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             optimizer.zero_grad()
 
         yield row(f"{name}, start", step, products)
+        compile_blocks(dense, args.backend)
         compile_blocks(model.get_base_model(), args.backend)
         yield row(f"{name}, compiled", step, compiled)
+        uncompile_blocks(dense)
         uncompile_blocks(model.get_base_model())
         make_late(tuner, args.late)
         yield row(f"{name}, {args.late:.0%} of the ranks", step, products)
-        del tuner, optimizer, step
+        del model, tuner, optimizer, step
+        gc.collect()
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -143,7 +154,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=256)
     parser.add_argument("--late", type=float, default=0.4, help="part of the ranks that are left late in a search")
-    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--repeats", type=int, default=30)
     parser.add_argument("--backend", default="inductor", help="of torch.compile")
     parser.add_argument("--searches", nargs="+", default=list(SEARCHES), choices=list(SEARCHES))
     return parser.parse_args(argv)

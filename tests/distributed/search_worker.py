@@ -40,7 +40,7 @@ def run(folder: Path, method: str) -> None:
 
     def watched(*arguments, **settings) -> None:
         seen["masks"] = masks(model)
-        seen["noise"] = model.base_model._draw("default", model.base_model.mask_logits("default"))[1].detach()
+        seen["noise"] = model.base_model._draw("default", model.base_model.mask_logits("default")).hard.detach()
         finalize(*arguments, **settings)
 
     model.base_model.finalize = watched

@@ -45,11 +45,17 @@ def _recorded() -> tuple[Hypernetwork, list[nn.Linear], dict[str, Tensor]]:
     return network, heads, golden
 
 
+def _rows(features: Tensor, heads: list[nn.Linear]) -> list[Tensor]:
+    padded = apply_heads(features, heads)
+    assert all((row[head.out_features :] == float("-inf")).all() for row, head in zip(padded, heads, strict=True))
+    return [row[: head.out_features] + 3.0 for row, head in zip(padded, heads, strict=True)]
+
+
 def test_the_shared_network_with_a_head_for_each_layer() -> None:
     network, heads, golden = _recorded()
     features = network()
     torch.testing.assert_close(features.detach(), golden["hidden"], rtol=1e-4, atol=1e-6)
-    logits = [row + 3.0 for row in apply_heads(features, heads)]
+    logits = _rows(features, heads)
     for j, row in enumerate(logits):
         torch.testing.assert_close(row.detach(), golden[f"logits{j}"], rtol=1e-4, atol=1e-5)
         assert torch.equal(gumbel_mask(row, golden[f"U{j}"], 0.4)[1].detach(), golden[f"mask{j}"])
@@ -58,7 +64,7 @@ def test_the_shared_network_with_a_head_for_each_layer() -> None:
 def test_losses_and_gradients_through_the_shared_network() -> None:
     """16 R + 10 R_align, as released: the mean over ranks, and a target of 0.4."""
     network, heads, golden = _recorded()
-    logits = [row + 3.0 for row in apply_heads(network(), heads)]
+    logits = _rows(network(), heads)
     masks = [gumbel_mask(row, golden[f"U{j}"], 0.4)[1] for j, row in enumerate(logits)]
     align = sum(alignment_loss(mask, golden[f"E{j}"], reference=True) for j, mask in enumerate(masks)) / 6
     assert float(align.detach()) == pytest.approx(float(golden["r_align"]), rel=1e-4)
@@ -97,6 +103,9 @@ def test_everything_is_float32_under_autocast() -> None:
             assert torch.equal(row, expected)
         assert PerLayerHypernetwork(3)().dtype == torch.float32
     for head, row, features in zip(heads, plain, network(), strict=True):
+        torch.testing.assert_close(row[: head.out_features], head(features))
+    alike = [nn.Linear(128, 6) for _ in range(3)]
+    for head, row, features in zip(alike, apply_heads(network(), alike), network(), strict=True):
         torch.testing.assert_close(row, head(features))
 
 

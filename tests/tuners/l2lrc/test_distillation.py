@@ -159,7 +159,7 @@ def test_compression_and_total_variation(llama: TinyModel) -> None:
             kept, dense = kept + min(probability.sum() * (m + n), m * n), dense + m * n
             variation += np.abs(np.diff(probability)).sum() / 14
         logits = tuner.mask_logits("default")
-        loss = tuner.regularizer("default", logits, tuner._draw("default", logits)[1])
+        loss = tuner.regularizer("default", logits, tuner._draw("default", logits).hard)
         assert float(loss.detach()) == pytest.approx(5 * abs(kept / dense - target) + 2 * variation, rel=1e-4)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from peft_rank.allocation.masks import gumbel_mask, uniform_noise
-from peft_rank.tuners.search.functional import AddToGradient, StepMask, masked_product, needed_rows
+from peft_rank.tuners.search.functional import SharedGraph, StepMask, masked_product, needed_rows
 from runs import assert_close
 
 
@@ -121,15 +121,15 @@ def test_factors_get_no_gradient_and_no_input_gradient_is_computed_in_vain() -> 
     assert given["x"].grad is given["down"].grad is given["up"].grad is None
 
 
-def test_add_to_gradient_is_the_identity_and_consumes_once() -> None:
-    factor = torch.randn(3, 4, requires_grad=True)
-    pending = {"a": [torch.ones(3, 4), None]}
-    twice = AddToGradient.apply(factor, pending, "a", 0) + AddToGradient.apply(factor, pending, "a", 0)
-    assert_close(twice, 2 * factor, 0)
+def test_a_shared_graph_is_used_often_and_adds_what_is_pending_once() -> None:
+    parameter = torch.randn(3, 4, requires_grad=True)
+    between = 2 * parameter
+    made = 5 * between
+    pending = [(between, torch.ones(3, 4))]
+    twice = SharedGraph.apply([made], pending, parameter) + SharedGraph.apply([made], pending, parameter)
+    assert_close(twice, 2 * made, 0)
     twice.sum().backward()
-    assert_close(factor.grad, torch.full((3, 4), 3.0), 0)
-    assert pending["a"][0] is None
-    AddToGradient.apply(factor, pending, "a", 0).sum().backward()
-    AddToGradient.apply(factor, pending, "a", 1).sum().backward()
-    AddToGradient.apply(factor, pending, "unknown", 0).sum().backward()
-    assert_close(factor.grad, torch.full((3, 4), 6.0), 0)
+    assert_close(parameter.grad, torch.full((3, 4), 2 * 10.0 + 2.0), 0)
+    assert pending == []
+    SharedGraph.apply([made], pending, parameter).sum().backward()
+    assert_close(parameter.grad, torch.full((3, 4), 32.0), 0)

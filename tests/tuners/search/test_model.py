@@ -27,7 +27,8 @@ from peft_rank import (
     save_compressed,
 )
 from peft_rank.decomposition import decompose
-from peft_rank.tuners.search import factors
+from peft_rank.tuners.search import factors, functional
+from peft_rank.tuners.search.functional import needed_rows
 from peft_rank.tuners.search.layer import SearchLayer
 from runs import logits as outputs
 from searches import METHODS, after, both_methods, config, every_method, masks, optimizer, search, searched
@@ -61,7 +62,7 @@ def test_the_weights_that_factors_replace_are_freed(
     compact = get_rank_pattern(model)
     assert compact and all(dense[name]() is None for name in compact)
     # nor what the steps of a search need
-    assert not any(vars(model.base_model)[kept] for kept in ("_searching", "_noise", "_graphs", "_spectra"))
+    assert not any(vars(model.base_model)[kept] for kept in ("_searching", "_armed", "_graphs", "_drawn", "_spectra"))
 
 
 @both_methods
@@ -373,7 +374,7 @@ def test_a_bfloat16_model_keeps_its_dtype_and_float32_masks(method: str, llama: 
         assert layer._step["now"].mask.dtype == torch.bfloat16
         assert set(layer._step["now"].mask.tolist()) <= {0.0, 1.0}
     drawn = model.base_model._draw("default", model.base_model.mask_logits("default"))
-    assert {mask.dtype for mask in drawn} == {torch.float32}
+    assert {mask.dtype for mask in (drawn.soft, drawn.hard)} == {torch.float32}
     assert {value.dtype for value in masks(model).values()} == {torch.float32}
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert model.base_model.mask_logits("default").dtype == torch.float32
@@ -400,6 +401,23 @@ def test_the_regularizer_can_be_armed(method: str, llama: TinyModel) -> None:
             torch.testing.assert_close(a.grad, b.grad, rtol=1e-4, atol=1e-6, msg=name)
             changed += float(a.grad.abs().sum())
     assert changed > 0
+
+
+@both_methods
+def test_micro_batches_share_the_masks_and_wait_for_the_device_once(
+    method: str, llama: TinyModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, waits = after(method, llama, 2), []
+    monkeypatch.setattr(functional, "needed_rows", lambda *args: waits.append(1) or needed_rows(*args))
+    masks = []
+    for _ in range(3):
+        model.train()(**llama.make_batch(4)).loss.backward()
+        masks.append([layer._step["now"].mask for layer in model.base_model.adapter_layers("default").values()])
+    assert len(waits) == 1
+    assert all(torch.equal(a, b) for later in masks[1:] for a, b in zip(masks[0], later, strict=True))
+    model.base_model.update_and_allocate(3)
+    model(**llama.make_batch(4))
+    assert len(waits) == 2
 
 
 @both_methods

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..search.functional import pad_rows
+
 
 INPUT_SIZE = 32
 HIDDEN_SIZE = 64
@@ -57,7 +59,7 @@ class PerLayerHypernetwork(Hypernetwork):
             return self.linear(super().forward()).squeeze(1)
 
 
-def apply_heads(features: Tensor, heads: list[nn.Linear]) -> list[Tensor]:
+def apply_heads(features: Tensor, heads: list[nn.Linear]) -> Tensor:
     """
     The output of each head for its row of the features, with few kernels: heads of equal size go together.
 
@@ -66,17 +68,20 @@ def apply_heads(features: Tensor, heads: list[nn.Linear]) -> list[Tensor]:
         heads (`list[torch.nn.Linear]`): One for each module, from 128 to the number of its ranks.
 
     Returns:
-        `list[Tensor]`: (k,) logits of each module.
+        `Tensor`: (modules, K) logits, padded with -inf.
     """
     groups: dict[int, list[int]] = {}
     for i, head in enumerate(heads):
         groups.setdefault(head.out_features, []).append(i)
-    outputs: list[Tensor | None] = [None] * len(heads)
+    rows: list[Tensor | None] = [None] * len(heads)
     with torch.autocast(features.device.type, enabled=False):
         for members in groups.values():
             weight = torch.stack([heads[i].weight for i in members])  # (g, k, 128)
             bias = torch.stack([heads[i].bias for i in members])  # (g, k)
-            result = torch.baddbmm(bias.unsqueeze(2), weight, features[members].unsqueeze(2)).squeeze(2)
+            chosen = features if len(groups) == 1 else features[members]
+            result = torch.baddbmm(bias.unsqueeze(2), weight, chosen.unsqueeze(2)).squeeze(2)
+            if len(groups) == 1:
+                return result
             for i, row in zip(members, result, strict=True):
-                outputs[i] = row
-    return outputs
+                rows[i] = row
+    return pad_rows(rows, float("-inf"))

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from torch import Tensor, nn
 
 from ...allocation.masks import alignment_loss, compression_loss
@@ -94,21 +96,24 @@ class AdaptiveRankSVDModel(RankSearchModel):
         # straight from where they are: `nn.ModuleDict` takes ten times as long to find one
         return [layer._modules["adaptive_rank_svd_head"]._modules[adapter_name] for layer in layers]
 
-    def mask_parameters(self, adapter_name: str) -> list[nn.Parameter]:
+    def each_mask_parameter(self, adapter_name: str) -> Iterator[nn.Parameter]:
         heads = self._heads(adapter_name)
         if self.peft_config[adapter_name].hypernetwork == "per_layer":
-            return [parameter for head in heads for parameter in head.parameters()]
-        # as `parameters`, which takes ten times as long
-        linear = [parameter for head in heads for parameter in head._parameters.values()]
-        return [*self._hypernetwork(adapter_name).parameters(), *linear]
+            for head in heads:
+                yield from head.parameters()
+            return
+        yield from self._hypernetwork(adapter_name).parameters()
+        for head in heads:
+            # as `parameters`, which takes ten times as long
+            yield from head._parameters.values()
 
     def mask_logits(self, adapter_name: str) -> Tensor:
         config, heads = self.peft_config[adapter_name], self._heads(adapter_name)
         if config.hypernetwork == "per_layer":
-            rows = [head() for head in heads]
+            logits = pad_rows([head() for head in heads], float("-inf"))
         else:
-            rows = apply_heads(self._hypernetwork(adapter_name)(), heads)
-        return pad_rows(rows, float("-inf")) + config.mask_bias
+            logits = apply_heads(self._hypernetwork(adapter_name)(), heads)
+        return logits + config.mask_bias
 
     def _set_logits(self, adapter_name: str, starts: list[Tensor]) -> None:
         # what the features add to them is small at first

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -112,10 +113,10 @@ class L2LRCModel(RankSearchModel):
             distillation.prepare(args, kwargs)
         super()._before_forward(module, args, kwargs)
 
-    def mask_parameters(self, adapter_name: str) -> list[nn.Parameter]:
-        layers = self.searching_layers(adapter_name).values()
-        # straight from where they are: `nn.ParameterDict` takes ten times as long to find one
-        return [layer._modules["l2lrc_logits"]._parameters[adapter_name] for layer in layers]
+    def each_mask_parameter(self, adapter_name: str) -> Iterator[nn.Parameter]:
+        for layer in self.searching_layers(adapter_name).values():
+            # straight from where it is: `nn.ParameterDict` takes ten times as long to find it
+            yield layer._modules["l2lrc_logits"]._parameters[adapter_name]
 
     def mask_logits(self, adapter_name: str) -> Tensor:
         return pad_rows([logits.float() for logits in self.mask_parameters(adapter_name)], float("-inf"))
@@ -155,7 +156,7 @@ class L2LRCModel(RankSearchModel):
         kept = straight_through(state.ratio(probability.sum(dim=1)), state.ratio(hard.sum(dim=1)))
         loss = config.compression_weight * bounded_compression_loss(kept, self.annealed_target(config, state))
         if config.total_variation_weight > 0:
-            sizes = torch.tensor(state.sizes, device=logits.device)
+            sizes = state.on(logits.device)[2]
             loss = loss + config.total_variation_weight * total_variation_loss(probability, sizes)
         return loss
 

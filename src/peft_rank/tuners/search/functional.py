@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -67,45 +69,51 @@ def needed_rows(soft: Tensor, hard: Tensor, sizes: list[int]) -> list[tuple[Tens
         return [(order[i, : widths[i]], kept[i]) if pays else (None, 0) for i, pays in enumerate(compact)]
 
 
+@dataclass
+class DrawnMasks:
+    """The masks of all modules for one step, with their graph, and what they were drawn from.
+
+    Attributes:
+        logits (`Tensor`), when (`tuple[int, int]`): What they are for, and the noise's seed and step.
+        soft (`Tensor`), hard (`Tensor`): (modules, K) masks, padded with 0.
+        sizes (`list[int]`): Ranks of each module.
+    """
+
+    logits: Tensor
+    when: tuple[int, int]
+    soft: Tensor
+    hard: Tensor
+    sizes: list[int]
+
+    @cached_property
+    def rows(self) -> list[tuple[Tensor | None, int]]:
+        """See `needed_rows`. Waits for the device, once for all micro-batches of the step."""
+        return needed_rows(self.soft, self.hard, self.sizes)
+
+
 class SharedGraph(Function):
     """The identity on a tensor whose own graph outlives the backward passes that go through it, of which there may be many.
 
-    Takes the tensor in a list, for it is no input in the eyes of autograd: the parameters behind it are.
+    Takes the tensor in a list, for it is no input in the eyes of autograd: the parameters behind it are. `pending` holds
+    further tensors of that graph, each with a gradient that was computed beforehand. Backward empties it, so that of all
+    the passes of an optimizer step (micro-batches, recomputed layers) exactly one adds what these come to.
     """
 
     @staticmethod
-    def forward(ctx: FunctionCtx, made: list[Tensor], *parameters: Tensor) -> Tensor:
-        ctx.made, ctx.parameters = made[0], parameters
+    def forward(
+        ctx: FunctionCtx, made: list[Tensor], pending: list[tuple[Tensor, Tensor]], *parameters: Tensor
+    ) -> Tensor:
+        ctx.made, ctx.pending, ctx.parameters = made[0], pending, parameters
         return made[0].detach()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_output: Tensor):
-        return None, *torch.autograd.grad(ctx.made, ctx.parameters, grad_output, retain_graph=True)
-
-
-class AddToGradient(Function):
-    """The identity, whose backward adds a gradient that was computed beforehand, once.
-
-    `pending[key][position]` is added to the gradient and replaced by None, so that of all the backward passes of an
-    optimizer step (micro-batches, a module that is used twice) exactly one adds it. Recomputation in gradient
-    checkpointing sees the same graph as the first forward, since only backward consumes.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, factor: Tensor, pending: dict[str, list[Tensor | None]], key: str, position: int) -> Tensor:
-        ctx.pending, ctx.key, ctx.position = pending, key, position
-        return factor.view_as(factor)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor):
-        gradients = ctx.pending.get(ctx.key)
-        addition = None if gradients is None else gradients[ctx.position]
-        if addition is not None:
-            gradients[ctx.position] = None
-            grad_output = grad_output + addition.to(grad_output.dtype)
-        return grad_output, None, None, None
+        pairs = [(ctx.made, grad_output)]
+        while ctx.pending:
+            pairs.append(ctx.pending.pop())
+        made, gradients = zip(*pairs, strict=True)
+        return None, None, *torch.autograd.grad(made, ctx.parameters, gradients, retain_graph=True)
 
 
 def masked_product(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, step: StepMask) -> Tensor:
@@ -204,3 +212,9 @@ def pad_rows(rows: list[Tensor], value: float) -> Tensor:
     if min(sizes) < size:
         rows = [pad(row, (0, size - len(row)), value=value) for row in rows]
     return torch.stack(rows)
+
+
+def versions(tensors: list[Tensor]) -> tuple:
+    """Changes whenever one of them does."""
+    # casting a model puts other storage under the same parameter
+    return tuple((id(tensor), tensor.data_ptr(), tensor._version, tensor.requires_grad) for tensor in tensors)

@@ -104,15 +104,17 @@ class SearchState:
         A module costs its factors or, if that is less, its weight. The gradient is that of the factors everywhere, or
         nothing would ever leave the dense state.
         """
-        costs, dense = self._on(counts.device)
+        costs, dense, _ = self.on(counts.device)
         factors = counts * costs
         capped = torch.minimum(factors, dense)
         return (straight_through(capped, factors).sum() + self.others) / self.total
 
-    def _on(self, device: torch.device) -> Tensor:
-        """(2, modules) float32: what a rank of each module costs, and what its weight does; copied to a device once."""
+    def on(self, device: torch.device) -> Tensor:
+        """(3, modules) float32: what a rank of each module costs, what its weight does, how many ranks it has; copied to a
+        device once."""
         if device not in self._copies:
-            self._copies[device] = torch.tensor([self.costs, self.dense], dtype=torch.float32, device=device)
+            rows = [self.costs, self.dense, self.sizes]
+            self._copies[device] = torch.tensor(rows, dtype=torch.float32, device=device)
         return self._copies[device]
 
     def likely(self, logits: Tensor) -> Tensor:

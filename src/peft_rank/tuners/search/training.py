@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from ..functional import compute_dtype
 from ..lowrank.entry import record_compression
 from ..lowrank.final import settle_trained_modules
 from ..names import exact_pattern
-from .functional import AddToGradient, SharedGraph, StepMask, needed_rows, pad_rows
+from .functional import DrawnMasks, SharedGraph, StepMask, pad_rows, versions
 from .layer import SearchLayer
 from .state import SearchState, Selection
 
@@ -37,12 +38,12 @@ class RankSearchTraining(AdaptiveRankTuner):
         self._compact: dict[str, list[str]] = {}
         # and of those that were trained beside them, of a final adapter
         self._beside: list[str] = []
-        # gradients of the regularizer with respect to the logits that the next backward adds, by adapter
-        self._armed: dict[str, list[Tensor | None]] = {}
+        # logits and the regularizer's gradient with respect to them, which the next backward adds, by adapter
+        self._armed: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self._searching: dict[str, dict[str, SearchLayer]] = {}
-        # logits of this step with their graph, its noise, singular values: with what they were made from
+        # logits of this step with their graph, its masks likewise, singular values: with what they were made from
         self._graphs: dict[str, tuple[tuple, Tensor]] = {}
-        self._noise: dict[str, tuple[tuple, Tensor]] = {}
+        self._drawn: dict[str, DrawnMasks] = {}
         self._spectra: dict[str, tuple[tuple, Tensor]] = {}
         # what the present selection was made from
         self._selected_from: tuple | None = None
@@ -50,11 +51,15 @@ class RankSearchTraining(AdaptiveRankTuner):
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy has no part in the graph
-        return {**self.__dict__, "_graphs": {}}
+        return {**self.__dict__, "_graphs": {}, "_drawn": {}, "_armed": {}}
 
     @abstractmethod
-    def mask_parameters(self, adapter_name: str) -> list[nn.Parameter]:
+    def each_mask_parameter(self, adapter_name: str) -> Iterator[nn.Parameter]:
         """All that is trained in a search."""
+
+    def mask_parameters(self, adapter_name: str) -> list[nn.Parameter]:
+        """The same. Finding them takes a while, although straight from where they are: by `nn.Module` ten times as long."""
+        return list(self.each_mask_parameter(adapter_name))
 
     @abstractmethod
     def mask_logits(self, adapter_name: str) -> Tensor:
@@ -66,13 +71,16 @@ class RankSearchTraining(AdaptiveRankTuner):
 
     def _forget_masks(self, adapter_name: str) -> None:
         """Let go of the parameters of masks: the ranks are final."""
-        for kept in (self._searching, self._graphs, self._noise, self._spectra):
-            kept.pop(adapter_name, None)
+        self._forget_step(adapter_name)
         for layer in self.adapter_layers(adapter_name).values():
             for attribute in layer.adapter_layer_names:
                 masks = getattr(layer, attribute)
                 if adapter_name in masks:
                     del masks[adapter_name]
+
+    def _forget_step(self, adapter_name: str) -> None:
+        for kept in (self._searching, self._armed, self._graphs, self._drawn, self._spectra):
+            kept.pop(adapter_name, None)
 
     def searching_layers(self, adapter_name: str) -> dict[str, SearchLayer]:
         """The layers whose ranks are not final, by module name in the base model."""
@@ -87,24 +95,22 @@ class RankSearchTraining(AdaptiveRankTuner):
 
     def singular_values(self, adapter_name: str) -> Tensor:
         """(modules, K), padded with 0, scaled to a sum of squares of 1 in each module."""
-        values = [layer.factors.values for layer in self.searching_layers(adapter_name).values()]
-        stamp = _stamp(values)
+        layers = self.searching_layers(adapter_name).values()
+        values = [layer._modules["factors"]._parameters["values"] for layer in layers]  # `mask_parameters` says why
+        stamp = versions(values)
         if self._spectra.get(adapter_name, (None,))[0] != stamp:
             rows = [v / v.norm().clamp(min=torch.finfo(v.dtype).tiny) for v in values]
             self._spectra[adapter_name] = stamp, pad_rows(rows, 0.0)
         return self._spectra[adapter_name][1]
 
     def _trained_adapters(self) -> list[str]:
-        return [
-            name
-            for name in self.active_adapters
-            if name in self._states and any(p.requires_grad for p in self.mask_parameters(name))
-        ]
+        searching = (name for name in self.active_adapters if name in self._states)
+        return [name for name in searching if any(p.requires_grad for p in self.each_mask_parameter(name))]
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
-        for kept in (self._states, self._graphs, self._noise, self._spectra):
-            kept.pop(adapter_name, None)
+        self._forget_step(adapter_name)
+        self._states.pop(adapter_name, None)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         # with the hook that prepares the layers, which also serves `generate`; the base class goes around it
@@ -133,19 +139,17 @@ class RankSearchTraining(AdaptiveRankTuner):
     def _begin_step(self, name: str, layers: dict[str, SearchLayer], compiled: bool) -> None:
         if self._states[name].recorded == 0:
             self._check_checkpointing()
-        logits = self._shared_logits(name)
-        if name in self._armed and torch.is_grad_enabled():
-            logits = AddToGradient.apply(logits, self._armed, name, 0)
-        soft, hard = self._draw(name, logits)
-        sizes = self._states[name].sizes
+        parameters = self.mask_parameters(name)
+        drawn = self._draw(name, self._logits(name, parameters))
         # a compiled model would be compiled anew for every other number of rows
-        rows = [(None, 0)] * len(sizes) if compiled else needed_rows(soft, hard, sizes)
+        rows = [(None, 0)] * len(drawn.sizes) if compiled else drawn.rows
         self._selected_from = None
+        hard = SharedGraph.apply([drawn.hard], self._armed.get(name, []), *(p for p in parameters if p.requires_grad))
         # in float32 up to here, and in float16 not even then: see `masked_product`
         dtype = compute_dtype(next(iter(layers.values())).factors.up)
         # unbound, whose backward is one kernel for all modules
         masks = (hard if dtype == torch.float16 else hard.to(dtype)).unbind(0)
-        for layer, mask, size, needed in zip(layers.values(), masks, sizes, rows, strict=True):
+        for layer, mask, size, needed in zip(layers.values(), masks, drawn.sizes, rows, strict=True):
             # a slice has a node of its own, which only a gradient of this module reaches
             layer.begin_step(StepMask(mask[:size] if size < hard.shape[1] or not layer._reached else mask, *needed))
 
@@ -163,31 +167,31 @@ class RankSearchTraining(AdaptiveRankTuner):
                     "`gradient_checkpointing_enable` is called."
                 )
 
-    def _draw(self, name: str, logits: Tensor) -> tuple[Tensor, Tensor]:
-        """Soft and hard mask of this optimizer step: the same for all of its micro-batches and on every process."""
-        state = self._states[name]
-        stamp = (logits.shape, state.seed, state.step, logits.device)
-        if self._noise.get(name, (None,))[0] != stamp:
-            self._noise[name] = stamp, uniform_noise(*stamp)
-        return gumbel_mask(logits, self._noise[name][1], self.peft_config[name].tau)
+    def _draw(self, name: str, logits: Tensor) -> DrawnMasks:
+        """The masks of this optimizer step: the same for all of its micro-batches, for the regularizers and on every
+        process."""
+        state, drawn = self._states[name], self._drawn.get(name)
+        when = (state.seed, state.step)
+        if drawn is None or drawn.logits is not logits or drawn.when != when:
+            with torch.enable_grad():
+                noise = uniform_noise(logits.shape, *when, logits.device)
+                masks = gumbel_mask(logits, noise, self.peft_config[name].tau)
+            drawn = self._drawn[name] = DrawnMasks(logits, when, *masks, state.sizes)
+        return drawn
 
-    def _logits(self, name: str) -> Tensor:
-        """`mask_logits`, made once for each optimizer step: all micro-batches and the regularizers share its graph."""
-        stamp = _stamp(self.mask_parameters(name))
+    def _logits(self, name: str, parameters: list[nn.Parameter]) -> Tensor:
+        """`mask_logits`, made once for each optimizer step from `mask_parameters`."""
+        stamp = versions(parameters)
         if self._graphs.get(name, (None,))[0] != stamp:
             with torch.enable_grad():
                 self._graphs[name] = stamp, self.mask_logits(name)
         return self._graphs[name][1]
 
-    def _shared_logits(self, name: str) -> Tensor:
-        """The same, to go backward from."""
-        return SharedGraph.apply([self._logits(name)], *(p for p in self.mask_parameters(name) if p.requires_grad))
-
     @torch.no_grad()
     def _select_ranks(self) -> None:
         """Let every layer in search keep what it would keep if the search ended now."""
         for name, state in self._states.items():
-            key = (name, _stamp(self.mask_parameters(name)))
+            key = (name, versions(self.mask_parameters(name)))
             layers = list(self.searching_layers(name).values())
             if key == self._selected_from and all(layer._selected for layer in layers):
                 continue
@@ -218,20 +222,21 @@ class RankSearchTraining(AdaptiveRankTuner):
     def add_regularization_gradient(self) -> None:
         for name in self._trained_adapters():
             self._check_reached(name)
-            logits, gradient = self._regularizer_gradient(name)
-            parameters = [p for p in self.mask_parameters(name) if p.requires_grad]
+            parameters = self.mask_parameters(name)
+            logits, gradient = self._regularizer_gradient(name, parameters)
+            parameters = [p for p in parameters if p.requires_grad]
             add_to_gradients(parameters, torch.autograd.grad(logits, parameters, gradient, retain_graph=True))
 
     def arm_regularization(self, loss_scale: float = 1.0) -> None:
         for name in self._trained_adapters():
-            self._armed[name] = [self._regularizer_gradient(name)[1] * loss_scale]
+            logits, gradient = self._regularizer_gradient(name, self.mask_parameters(name))
+            self._armed[name] = [(logits, gradient * loss_scale)]
 
-    def _regularizer_gradient(self, name: str) -> tuple[Tensor, Tensor]:
+    def _regularizer_gradient(self, name: str, parameters: list[nn.Parameter]) -> tuple[Tensor, Tensor]:
         """The logits of the step with their graph, and the gradient of the regularizer with respect to them."""
-        logits = self._logits(name)
-        leaf = logits.detach().requires_grad_()
-        loss = self.regularizer(name, leaf, self._draw(name, leaf)[1])
-        return logits, torch.autograd.grad(loss, leaf)[0]
+        logits = self._logits(name, parameters)
+        loss = self.regularizer(name, logits, self._draw(name, logits).hard)
+        return logits, torch.autograd.grad(loss, logits, retain_graph=True)[0]
 
     def _check_reached(self, name: str) -> None:
         """After the first backward: a module whose output the loss does not depend on cannot be searched."""
@@ -257,7 +262,7 @@ class RankSearchTraining(AdaptiveRankTuner):
                 continue
             self._check_schedule(name)
             self._graphs.pop(name, None)  # engines change parameters without a trace
-            reached = state.record(self._logits(name), global_step)
+            reached = state.record(self._logits(name, self.mask_parameters(name)), global_step)
             if reached is not None:
                 decided = True
                 self._write_snapshot(name, reached)
@@ -374,7 +379,7 @@ class RankSearchTraining(AdaptiveRankTuner):
             if name not in self._states:
                 ranks = [module.rank for module in self._linears(name).values()]
                 return {"rank/total": sum(ranks), "rank/mean": sum(ranks) / max(1, len(ranks)), **summary}
-            state, logits = self._states[name], self._logits(name)
+            state, logits = self._states[name], self._logits(name, self.mask_parameters(name))
             likely = state.likely(logits)
             selection = state.choose(logits, state.end)
             kept = [size if ranks is None else len(ranks) for size, ranks in zip(state.sizes, selection, strict=True)]
@@ -386,13 +391,7 @@ class RankSearchTraining(AdaptiveRankTuner):
                 "search/expected_ratio": float(state.ratio(keep_probability(logits).sum(dim=1))),
                 "search/target": state.target,
                 "search/dense_modules": sum(ranks is None for ranks in selection),
-                "search/regularizer": float(self.regularizer(name, logits, self._draw(name, logits)[1])),
+                "search/regularizer": float(self.regularizer(name, logits, self._draw(name, logits).hard)),
                 **summary,
             }
         return summary
-
-
-def _stamp(tensors: list[Tensor]) -> tuple:
-    """Changes whenever one of them does."""
-    # casting a model puts other storage under the same parameter
-    return tuple((id(tensor), tensor.data_ptr(), tensor._version, tensor.requires_grad) for tensor in tensors)
