@@ -16,7 +16,7 @@ def several_gpus(result: dict[str, Any]) -> Cells:
     lines = []
     for row in result["rows"]:
         found = {name: row.get(name, {}) for name in ("agreement", "allocation", "fixed")}
-        line = [NAMES[row["engine"]], found["agreement"].get("ranks_elsewhere", "failed")]
+        line = [NAMES[row["engine"]], found["agreement"].get("ranks_elsewhere", "failed" if "error" in row else "")]
         for name in ("allocation", "fixed"):
             line += [found[name].get("tokens_per_second", ""), found[name].get("peak_gib") or ""]
         parts = (found["allocation"].get(part, "") for part in PARTS)
@@ -46,9 +46,9 @@ ENGINES = {
         SEVERAL_GPUS,
         several_gpus,
     ),
-    "multi_gpu_8_rows": (
-        "Several GPUs, 8 rows a GPU",
-        SEVERAL_GPUS,
+    "multi_gpu_accumulation": (
+        "Several GPUs, 64 rows a GPU in four batches",
+        "As above, but {accumulation} times as much in a step.",
         several_gpus,
     ),
     "quantized": (

@@ -3,6 +3,7 @@
 
     python benchmarks/multi_gpu.py                                       # 2 GPUs, every engine, LLaMA-1B shape
     python benchmarks/multi_gpu.py --engines single ddp --processes 4
+    python benchmarks/multi_gpu.py --engines ddp zero2 --accumulation 4 --trainings fixed allocation "fixed again"
     python benchmarks/multi_gpu.py --shape tiny --engines single ddp zero2 zero3    # two processes on a CPU
 
 Every engine gets processes of its own and four trainings by the HF Trainer, with random weights and the same global batch:
@@ -37,7 +38,7 @@ from _common import SHORT_SCHEDULE, Results, argument_parser, synchronize
 from accelerate.state import PartialState
 from peft import PeftModel, get_peft_model
 from torch.utils.data import Dataset
-from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainerCallback, TrainerControl, TrainingArguments
 
 from peft_rank import RankAllocationCallback, SalientLoRAConfig, get_rank_pattern
 
@@ -58,9 +59,10 @@ FSDP2 = {
     "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
 }
 TRAININGS = ("agreement", "fixed", "allocation", "fixed again")
-STEPS = 40  # of a training that allocates
+STEPS = 40  # of a training
 # those that are timed, and those whose parts are: all of the third window, at whose end the budget is met
 FREE, WATCHED = range(8, 15), range(15, 25)
+LAST = {True: WATCHED.stop + 1, False: FREE.stop}  # step of a training that allocates, of one that does not
 
 
 class Texts(Dataset):
@@ -79,14 +81,16 @@ class Texts(Dataset):
 
 
 class Clock(TrainerCallback):
-    """When each step ended."""
+    """When each step ended; it ends the training when what is measured lies behind."""
 
-    def __init__(self) -> None:
+    def __init__(self, steps: int) -> None:
+        self.steps = steps
         self.ends: list[float] = []
 
-    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: TrainerControl, **kwargs: Any) -> None:
         synchronize()
         self.ends.append(time.perf_counter())
+        control.should_training_stop |= len(self.ends) == self.steps
 
     def milliseconds(self) -> float:
         """Of a step."""
@@ -168,16 +172,18 @@ def make_model(
 def train(args: argparse.Namespace, folder: str, name: str) -> dict[str, Any]:
     """One training; what came of it, as this process sees it."""
     gc.collect()
-    agreement, allocate = name == "agreement", not name.startswith("fixed")
     cuda = torch.cuda.is_available()
+    held = torch.cuda.memory_allocated() if cuda else 0  # DeepSpeed lets go of an engine only with its process
+    agreement, allocate = name == "agreement", not name.startswith("fixed")
     blocks = min(4, SHAPES[args.shape]["num_hidden_layers"]) if agreement else SHAPES[args.shape]["num_hidden_layers"]
     length = args.length // 4 if agreement else args.length
     processes = int(os.environ.get("WORLD_SIZE", "1"))
     stage = ENGINES[args.worker]
     training_args = TrainingArguments(
         folder,
-        max_steps=STEPS if allocate else FREE.stop,
+        max_steps=STEPS,
         per_device_train_batch_size=args.batch // processes,
+        gradient_accumulation_steps=args.accumulation,
         learning_rate=1e-3,
         max_grad_norm=0.0,  # engines clip at different places
         bf16=not agreement,
@@ -191,9 +197,9 @@ def train(args: argparse.Namespace, folder: str, name: str) -> dict[str, Any]:
     )
     dtype = torch.float32 if agreement else torch.bfloat16
     model = make_model(args, training_args.device, dtype, blocks, allocate)
-    clock, allocation = Clock(), TimedAllocation()
+    clock, allocation = Clock(STEPS if agreement else LAST[allocate]), TimedAllocation()
     callbacks = [clock, allocation] if allocate else [clock]
-    data = Texts(args.batch * STEPS, length, args.vocabulary)
+    data = Texts(args.batch * args.accumulation * STEPS, length, args.vocabulary)
     trainer = Trainer(model, training_args, train_dataset=data, callbacks=callbacks)
     if cuda:
         torch.cuda.reset_peak_memory_stats()
@@ -202,11 +208,12 @@ def train(args: argparse.Namespace, folder: str, name: str) -> dict[str, Any]:
     return {
         "engine": type(trainer.model_wrapped).__name__,
         "processes": processes,
+        "steps": len(clock.ends),
         "ranks": list(get_rank_pattern(model).values()),
         "milliseconds": round(milliseconds, 2),
-        "tokens_per_second": round(1e3 * args.batch * length / milliseconds),
+        "tokens_per_second": round(1e3 * args.batch * args.accumulation * length / milliseconds),
         **allocation.milliseconds(),
-        "peak_gib": round(torch.cuda.max_memory_allocated() / 2**30, 3) if cuda else None,
+        "peak_gib": round((torch.cuda.max_memory_allocated() - held) / 2**30, 3) if cuda else None,
     }
 
 
@@ -220,7 +227,7 @@ def work(args: argparse.Namespace) -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name in TRAININGS:
+        for name in args.trainings:
             found[name] = train(args, folder, name)
             if int(os.environ.get("RANK", "0")) == 0:
                 args.result.write_text(json.dumps(found), encoding="utf-8")
@@ -236,6 +243,7 @@ def run_engine(args: argparse.Namespace, engine: str) -> dict[str, Any]:
         result = Path(folder, "result.json")
         settings = [f"--{name}={getattr(args, name)}" for name in SETTINGS]
         command = [sys.executable, *(launcher if processes > 1 else []), __file__, *settings]
+        command += ["--trainings", *args.trainings]
         environment = {
             **os.environ,
             **(FSDP2 if engine == "fsdp2" else {}),
@@ -274,13 +282,13 @@ def compare(row: dict[str, Any], single: dict[str, Any] | None) -> None:
         if name in row:
             ranks = row[name].pop("ranks") if name.startswith("fixed") else row[name]["ranks"]
             row[name]["total_rank"] = sum(ranks)
-    if "fixed again" in row:
+    if "fixed again" in row and "allocation" in row:
         allocation, *fixed = (row[name]["milliseconds"] for name in ("allocation", "fixed", "fixed again"))
         row["slower_than_fixed"] = round(allocation / statistics.mean(fixed) - 1, 4)
         row["fixed_differ"] = round(max(fixed) / min(fixed) - 1, 4)
 
 
-SETTINGS = ("shape", "vocabulary", "batch", "length", "init_r", "target_r")
+SETTINGS = ("shape", "vocabulary", "batch", "accumulation", "length", "init_r", "target_r")
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -290,9 +298,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--shape", default="1b", choices=SHAPES)
     parser.add_argument("--vocabulary", type=int, default=32000)
     parser.add_argument("--batch", type=int, default=32, help="rows of all processes together")
+    parser.add_argument("--accumulation", type=int, default=1, help="such batches of a step")
     parser.add_argument("--length", type=int, default=1024, help="tokens of a row")
     parser.add_argument("--init_r", type=int, default=16)
     parser.add_argument("--target_r", type=int, default=8)
+    parser.add_argument("--trainings", nargs="+", default=list(TRAININGS), choices=TRAININGS)
     parser.add_argument("--seconds", type=float, default=300, help="time limit of one engine")
     parser.add_argument("--worker", choices=ENGINES, help=argparse.SUPPRESS)
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)

@@ -70,7 +70,7 @@ def load_base(args: argparse.Namespace, kind: str) -> PreTrainedModel:
 
 
 def train(model: PeftModel, args: argparse.Namespace, folder: Path) -> Clock:
-    clock = Clock()
+    clock = Clock(STEPS)
     training_args = TrainingArguments(
         str(folder),
         max_steps=STEPS,

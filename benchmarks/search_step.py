@@ -76,15 +76,12 @@ def bound(model: nn.Module) -> nn.Module:
 @torch.no_grad()
 def make_late(tuner: Any, part: float) -> None:
     """Masks as they are late in a search: the leading ranks likely, the others hopeless."""
-    for layer in tuner.adapter_layers("default").values():
-        k = min(layer.shape)
-        logits = torch.where(torch.arange(k) < part * k, 6.0, -12.0)
-        value = getattr(layer, layer.adapter_layer_names[0])["default"]
-        if isinstance(value, nn.Parameter):
-            value.copy_(logits)
-        else:
-            value.weight.zero_()
-            value.bias.copy_(logits - tuner.peft_config["default"].mask_bias)
+    parameters = list(tuner.mask_parameters("default"))
+    for parameter in parameters:
+        parameter.zero_()
+    ranks = [torch.arange(min(layer.shape)) for layer in tuner.adapter_layers("default").values()]
+    late = [torch.where(rank < part * len(rank), 6.0, -12.0) for rank in ranks]
+    tuner._set_logits("default", [logits.to(parameters[0].device) for logits in late])
 
 
 def measure(args: argparse.Namespace) -> Iterator[dict[str, Any]]:

@@ -45,6 +45,12 @@ def test_trainings_of_an_engine(engines: ModuleType, tmp_path: Path) -> None:
     parts = {name: {key for key in row[name] if key.endswith("_ms")} for name in row if isinstance(row[name], dict)}
     timed = {"regularizer_ms", "recording_ms", "decision_ms"}
     assert parts == {"agreement": timed, "allocation": timed, "fixed": set(), "fixed again": set()}
+    assert {name: row[name]["steps"] for name in engines.TRAININGS} == {
+        "agreement": engines.STEPS,
+        "fixed": engines.FREE.stop,
+        "allocation": engines.WATCHED.stop + 1,
+        "fixed again": engines.FREE.stop,
+    }
     fixed = [row[name]["milliseconds"] for name in ("fixed", "fixed again")]
     assert row["slower_than_fixed"] == pytest.approx(
         row["allocation"]["milliseconds"] / (sum(fixed) / 2) - 1, abs=1e-4

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from peft_rank import AdaptiveRankSVDConfig
 from peft_rank.allocation.masks import alignment_loss, compression_loss, gumbel_mask, uniform_noise
-from peft_rank.tuners.ars.hypernetwork import Hypernetwork, PerLayerHypernetwork, apply_heads
+from peft_rank.tuners.ars.hypernetwork import Hypernetwork, LinearMaps, PerLayerHypernetwork, SharedHypernetwork
 from searches import optimizer, search, searched
 from tiny_models import TINY_MODELS, TinyModel
 
@@ -19,11 +19,11 @@ from tiny_models import TINY_MODELS, TinyModel
 GOLDEN = Path(__file__).parents[2] / "golden" / "ars"
 
 
-def _load(name: str, network: nn.Module) -> dict[str, Tensor]:
+def _load(name: str, network: nn.Module, others: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
     archive = np.load(GOLDEN / f"{name}.npz")
     golden = {key: torch.as_tensor(archive[key]) for key in archive.files}
     parameters = {key[2:].replace("__", "."): value for key, value in golden.items() if key.startswith("p_")}
-    network.load_state_dict(parameters)
+    network.load_state_dict(parameters | (others or {}))
     return golden
 
 
@@ -33,29 +33,30 @@ def test_the_released_network_of_a_layer() -> None:
     torch.testing.assert_close(network().detach(), golden["logits_no_b"], rtol=1e-4, atol=1e-6)
 
 
-def _recorded() -> tuple[Hypernetwork, list[nn.Linear], dict[str, Tensor]]:
-    network = Hypernetwork(6)
-    golden = _load("hypernet_fix_L6", network)
-    heads = []
-    for j in range(6):
-        weight = golden[f"head_weight{j}"]
-        head = nn.Linear(weight.shape[1], weight.shape[0])
-        head.load_state_dict({"weight": weight, "bias": golden[f"head_bias{j}"]})
-        heads.append(head)
-    return network, heads, golden
+def _recorded() -> tuple[SharedHypernetwork, dict[str, Tensor]]:
+    """The network with the maps of six layers, which the file has one by one."""
+    archive = np.load(GOLDEN / "hypernet_fix_L6.npz")
+    network = SharedHypernetwork([len(archive[f"head_bias{j}"]) for j in range(6)])
+    maps = {}
+    for kind in ("weight", "bias"):
+        for k, members in network.members.items():
+            maps[f"{kind}.{k}"] = torch.stack([torch.as_tensor(archive[f"head_{kind}{j}"]) for j in members])
+    return network, _load("hypernet_fix_L6", network, maps)
 
 
-def _rows(features: Tensor, heads: list[nn.Linear]) -> list[Tensor]:
-    padded = apply_heads(features, heads)
-    assert all((row[head.out_features :] == float("-inf")).all() for row, head in zip(padded, heads, strict=True))
-    return [row[: head.out_features] + 3.0 for row, head in zip(padded, heads, strict=True)]
+def _rows(network: SharedHypernetwork) -> list[Tensor]:
+    """Logits with the bias of the masks."""
+    padded = network()
+    ranks = {i: k for k, members in network.members.items() for i in members}
+    assert all((row[ranks[i] :] == float("-inf")).all() for i, row in enumerate(padded))
+    return [row[: ranks[i]] + 3.0 for i, row in enumerate(padded)]
 
 
 def test_the_shared_network_with_a_head_for_each_layer() -> None:
-    network, heads, golden = _recorded()
-    features = network()
+    network, golden = _recorded()
+    features = Hypernetwork.forward(network)
     torch.testing.assert_close(features.detach(), golden["hidden"], rtol=1e-4, atol=1e-6)
-    logits = _rows(features, heads)
+    logits = _rows(network)
     for j, row in enumerate(logits):
         torch.testing.assert_close(row.detach(), golden[f"logits{j}"], rtol=1e-4, atol=1e-5)
         assert torch.equal(gumbel_mask(row, golden[f"U{j}"], 0.4)[1].detach(), golden[f"mask{j}"])
@@ -63,8 +64,8 @@ def test_the_shared_network_with_a_head_for_each_layer() -> None:
 
 def test_losses_and_gradients_through_the_shared_network() -> None:
     """16 R + 10 R_align, as released: the mean over ranks, and a target of 0.4."""
-    network, heads, golden = _recorded()
-    logits = _rows(network(), heads)
+    network, golden = _recorded()
+    logits = _rows(network)
     masks = [gumbel_mask(row, golden[f"U{j}"], 0.4)[1] for j, row in enumerate(logits)]
     align = sum(alignment_loss(mask, golden[f"E{j}"], reference=True) for j, mask in enumerate(masks)) / 6
     assert float(align.detach()) == pytest.approx(float(golden["r_align"]), rel=1e-4)
@@ -75,10 +76,12 @@ def test_losses_and_gradients_through_the_shared_network() -> None:
     assert float(loss.detach()) == pytest.approx(float(golden["R_loss_p0.4"]), rel=1e-4)
     (16 * loss + 10 * align).backward()
     for name, parameter in network.named_parameters():
-        expected = golden[f"grad_16R_10align__{name.replace('.', '__')}"]
-        torch.testing.assert_close(parameter.grad, expected, rtol=1e-3, atol=1e-5)
-    for j, head in enumerate(heads):
-        torch.testing.assert_close(head.weight.grad, golden[f"grad_16R_10align__head_weight{j}"], rtol=1e-3, atol=1e-5)
+        if name.startswith(("bi_gru.", "layer_norm.")):
+            expected = golden[f"grad_16R_10align__{name.replace('.', '__')}"]
+            torch.testing.assert_close(parameter.grad, expected, rtol=1e-3, atol=1e-5)
+    for k, members in network.members.items():
+        for gradient, j in zip(network.weight[str(k)].grad, members, strict=True):
+            torch.testing.assert_close(gradient, golden[f"grad_16R_10align__head_weight{j}"], rtol=1e-3, atol=1e-5)
 
 
 def _shapes(masks: list[Tensor], value: float) -> list[tuple[int, int]]:
@@ -95,18 +98,48 @@ def _shapes(masks: list[Tensor], value: float) -> list[tuple[int, int]]:
     raise LookupError("no shapes fit")
 
 
-def test_everything_is_float32_under_autocast() -> None:
-    network, heads = Hypernetwork(3), [nn.Linear(128, 4), nn.Linear(128, 6), nn.Linear(128, 4)]
-    plain = apply_heads(network(), heads)
+@pytest.mark.parametrize("sizes", [[4, 6, 4], [6, 6, 6]])
+def test_everything_is_float32_under_autocast(sizes: list[int]) -> None:
+    network = SharedHypernetwork(sizes)
+    plain = network()
+    weights = torch.rand_like(plain)
+
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        for row, expected in zip(apply_heads(network(), heads), plain, strict=True):
-            assert torch.equal(row, expected)
+        logits = network()
         assert PerLayerHypernetwork(3)().dtype == torch.float32
-    for head, row, features in zip(heads, plain, network(), strict=True):
-        torch.testing.assert_close(row[: head.out_features], head(features))
-    alike = [nn.Linear(128, 6) for _ in range(3)]
-    for head, row, features in zip(alike, apply_heads(network(), alike), network(), strict=True):
-        torch.testing.assert_close(row, head(features))
+    assert torch.equal(logits, plain)
+    of_plain, found = (
+        torch.autograd.grad(result, list(network.parameters()), weights * torch.isfinite(plain))
+        for result in (plain, logits)
+    )
+    assert all(torch.equal(a, b) for a, b in zip(of_plain, found, strict=True))
+
+
+def test_maps_are_those_of_a_linear_layer_for_each_module() -> None:
+    torch.manual_seed(0)
+    linears = [nn.Linear(128, 5) for _ in range(3)]
+    features, wanted = torch.randn(3, 128, requires_grad=True), torch.randn(3, 5)
+    weight, bias = (
+        torch.stack([getattr(x, kind).detach() for x in linears]).requires_grad_() for kind in ("weight", "bias")
+    )
+    result = LinearMaps.apply(features, weight, bias)
+    expected = torch.stack([linear(row) for linear, row in zip(linears, features, strict=True)])
+    torch.testing.assert_close(result, expected)
+    found = torch.autograd.grad(result, [features, weight, bias], wanted)
+    *of_linears, of_features = torch.autograd.grad(
+        expected, [*(x.weight for x in linears), *(x.bias for x in linears), features], wanted
+    )
+    torch.testing.assert_close(found[0], of_features)
+    torch.testing.assert_close(found[1], torch.stack(of_linears[:3]))
+    torch.testing.assert_close(found[2], torch.stack(of_linears[3:]))
+
+
+def test_maps_start_as_linear_layers_do() -> None:
+    torch.manual_seed(0)
+    network = SharedHypernetwork([64] * 8)
+    for parameter in (network.weight["64"], network.bias["64"]):
+        assert parameter.abs().max() <= 128**-0.5
+        assert float(parameter.std()) == pytest.approx((128 * 3) ** -0.5, rel=0.05)
 
 
 @pytest.mark.parametrize("method", ["ars", "ars-per-layer"])
@@ -150,7 +183,7 @@ def test_a_step_runs_the_network_once(llama: TinyModel) -> None:
     model, runs = searched("ars", llama), []
     tuner = model.base_model
     search(model, llama, optimizer(model, "ars"), 1)
-    tuner._hypernetwork("default").register_forward_hook(lambda *args: runs.append(1))
+    next(tuner._networks("default")).register_forward_hook(lambda *args: runs.append(1))
     steps = optimizer(model, "ars")
     for step in (2, 3):
         for batch in range(2):
@@ -179,7 +212,7 @@ def test_singular_values_are_those_of_the_factors(llama: TinyModel, tmp_path: Pa
 
 def test_modules_of_different_rank_share_one_network() -> None:
     model = searched("ars", TINY_MODELS["llama"])
-    sizes = [head.out_features for head in model.base_model._heads("default")]
+    sizes = [min(layer.shape) for layer in model.base_model.adapter_layers("default").values()]
     assert set(sizes) == {16, 32}
     logits = model.base_model.mask_logits("default")
     assert [int(torch.isfinite(row).sum()) for row in logits] == sizes

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from peft_rank.allocation.masks import gumbel_mask, uniform_noise
-from peft_rank.tuners.search.functional import SharedGraph, StepMask, masked_product, needed_rows
+from peft_rank.tuners.search.functional import SharedGraph, StepMask, masked_product, needed_rows, versions
 from runs import assert_close
 
 
@@ -119,6 +119,21 @@ def test_factors_get_no_gradient_and_no_input_gradient_is_computed_in_vain() -> 
     result.sum().backward()
     assert logits.grad is not None
     assert given["x"].grad is given["down"].grad is given["up"].grad is None
+
+
+def test_versions_change_with_values_and_with_storage() -> None:
+    """Also where new storage would be given the address of the old one."""
+    parameter = torch.nn.Parameter(torch.randn(14, 32))
+    for _ in range(20):
+        before = versions([parameter])
+        assert before == versions([parameter])
+        parameter.data = parameter.data.double()
+        parameter.data = parameter.data.float()
+        assert versions([parameter]) != before
+    before = versions([parameter])
+    with torch.no_grad():
+        parameter.add_(1)
+    assert versions([parameter]) != before
 
 
 def test_a_shared_graph_is_used_often_and_adds_what_is_pending_once() -> None:

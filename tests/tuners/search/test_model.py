@@ -317,8 +317,8 @@ def test_a_spectral_start_is_the_spectral_allocation(method: str, decomposition:
     fixed = get_peft_model(llama.make_model(), settings)
     model = searched(method, llama, decomposition=decomposition, statistics=settings.statistics, start="spectral")
     if method == "ars":  # whose features add a little
-        nn.init.zeros_(model.base_model._hypernetwork("default").layer_norm.weight)
-        nn.init.zeros_(model.base_model._hypernetwork("default").layer_norm.bias)
+        nn.init.zeros_(next(model.base_model._networks("default")).layer_norm.weight)
+        nn.init.zeros_(next(model.base_model._networks("default")).layer_norm.bias)
     assert get_rank_pattern(model) == get_rank_pattern(fixed)
     torch.testing.assert_close(outputs(model, llama), outputs(fixed, llama), rtol=0, atol=1e-4)
     search(model, llama, optimizer(model, method), 2)

@@ -7,10 +7,16 @@ runs in float32, autocast or not, because the noise of the masks is added to the
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import Function
+from torch.autograd.function import FunctionCtx, once_differentiable
 
+from ..functional import without_autocast
 from ..search.functional import pad_rows
 
 
@@ -59,29 +65,63 @@ class PerLayerHypernetwork(Hypernetwork):
             return self.linear(super().forward()).squeeze(1)
 
 
-def apply_heads(features: Tensor, heads: list[nn.Linear]) -> Tensor:
+class SharedHypernetwork(Hypernetwork):
     """
-    The output of each head for its row of the features, with few kernels: heads of equal size go together.
+    With a linear map for each module, from its features to the logits of its ranks. The maps of all modules with as many
+    ranks are one parameter: hundreds of small ones would take a step longer than the network.
 
     Args:
-        features (`Tensor`): (modules, 128).
-        heads (`list[torch.nn.Linear]`): One for each module, from 128 to the number of its ranks.
-
-    Returns:
-        `Tensor`: (modules, K) logits, padded with -inf.
+        sizes (`Sequence[int]`): Ranks of each module.
     """
-    groups: dict[int, list[int]] = {}
-    for i, head in enumerate(heads):
-        groups.setdefault(head.out_features, []).append(i)
-    rows: list[Tensor | None] = [None] * len(heads)
-    with torch.autocast(features.device.type, enabled=False):
-        for members in groups.values():
-            weight = torch.stack([heads[i].weight for i in members])  # (g, k, 128)
-            bias = torch.stack([heads[i].bias for i in members])  # (g, k)
-            chosen = features if len(groups) == 1 else features[members]
-            result = torch.baddbmm(bias.unsqueeze(2), weight, chosen.unsqueeze(2)).squeeze(2)
-            if len(groups) == 1:
-                return result
+
+    def __init__(self, sizes: Sequence[int]) -> None:
+        super().__init__(len(sizes))
+        # ranks -> modules
+        self.members: dict[int, list[int]] = {}
+        for i, k in enumerate(sizes):
+            self.members.setdefault(k, []).append(i)
+        groups = self.members.items()
+        weights = {str(k): nn.Parameter(torch.empty(len(members), k, OUTPUT_SIZE)) for k, members in groups}
+        biases = {str(k): nn.Parameter(torch.empty(len(members), k)) for k, members in groups}
+        self.weight, self.bias = nn.ParameterDict(weights), nn.ParameterDict(biases)
+        for parameter in (*weights.values(), *biases.values()):
+            nn.init.uniform_(parameter, -(OUTPUT_SIZE**-0.5), OUTPUT_SIZE**-0.5)  # as that of `nn.Linear`
+
+    def forward(self) -> Tensor:
+        """(modules, K) logits without the mask bias, padded with -inf."""
+        features = super().forward()
+        if len(self.members) == 1:
+            (key,) = self.weight
+            return LinearMaps.apply(features, self.weight[key], self.bias[key])
+        rows: list[Tensor | None] = [None] * len(features)
+        for k, members in self.members.items():
+            result = LinearMaps.apply(features[members], self.weight[str(k)], self.bias[str(k)])
             for i, row in zip(members, result, strict=True):
                 rows[i] = row
-    return pad_rows(rows, float("-inf"))
+        return pad_rows(rows, float("-inf"))
+
+    def start_at(self, logits: Sequence[Tensor]) -> None:
+        """Let the biases of the modules be (k,) tensors."""
+        for k, members in self.members.items():
+            self.bias[str(k)].copy_(torch.stack([logits[i] for i in members]))
+
+
+class LinearMaps(Function):
+    """weight @ features + bias of g modules, whose gradient takes no product of matrices where an outer one will do.
+
+    Shapes: features (g, 128), weight (g, k, 128), bias (g, k) -> (g, k).
+    """
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+        ctx.save_for_backward(features, weight)
+        with without_autocast(features.device.type):
+            return torch.baddbmm(bias.unsqueeze(2), weight, features.unsqueeze(2)).squeeze(2)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor):
+        features, weight = ctx.saved_tensors
+        with without_autocast(features.device.type):
+            grad_features = torch.bmm(gradient.unsqueeze(1), weight).squeeze(1)
+        return grad_features, gradient.unsqueeze(2) * features.unsqueeze(1), gradient

@@ -14,25 +14,24 @@ from ..search.functional import pad_rows
 from ..search.layer import SearchLayer
 from ..search.model import RankSearchModel
 from .config import AdaptiveRankSVDConfig
-from .hypernetwork import OUTPUT_SIZE, Hypernetwork, PerLayerHypernetwork, apply_heads
+from .hypernetwork import Hypernetwork, PerLayerHypernetwork, SharedHypernetwork
 
 
 class AdaptiveRankSVDLayer(SearchLayer):
-    """A layer with its part of the hypernetwork: a linear head, or a network of its own. The first layer of a search also
-    holds what the heads share, so that whoever loads the layers loads it."""
+    """A layer with a hypernetwork of its own. Where all share one, the first layer of a search holds it, so that whoever
+    loads the layers loads it."""
 
-    adapter_layer_names = ("adaptive_rank_svd_head", "adaptive_rank_svd_hypernetwork")
+    adapter_layer_names = ("adaptive_rank_svd_hypernetwork",)
 
     def __init__(
         self,
         base_layer: nn.Module,
         adapter_name: str,
         factors: SearchFactors | LowRankLinear | None,
-        head: nn.Module | None = None,
+        network: nn.Module | None = None,
     ) -> None:
         super().__init__(base_layer, adapter_name, factors)
-        self.adaptive_rank_svd_head = nn.ModuleDict({} if head is None else {adapter_name: head})
-        self.adaptive_rank_svd_hypernetwork = nn.ModuleDict()
+        self.adaptive_rank_svd_hypernetwork = nn.ModuleDict({} if network is None else {adapter_name: network})
 
 
 class AdaptiveRankSVDModel(RankSearchModel):
@@ -72,53 +71,37 @@ class AdaptiveRankSVDModel(RankSearchModel):
         base: nn.Module,
         factors: SearchFactors | LowRankLinear | None,
     ) -> AdaptiveRankSVDLayer:
-        head = None
-        if isinstance(factors, SearchFactors):
-            ranks = len(factors.values)
-            head = nn.Linear(OUTPUT_SIZE, ranks) if config.hypernetwork == "shared" else PerLayerHypernetwork(ranks)
-            head = head.to(factors.values.device)
-        return AdaptiveRankSVDLayer(base, adapter_name, factors, head)
+        network = None
+        if isinstance(factors, SearchFactors) and config.hypernetwork == "per_layer":
+            network = PerLayerHypernetwork(len(factors.values)).to(factors.values.device)
+        return AdaptiveRankSVDLayer(base, adapter_name, factors, network)
 
     def _after_injection(self, config: AdaptiveRankSVDConfig, adapter_name: str) -> None:
         if config.hypernetwork == "per_layer":
             return
-        layers = list(self.searching_layers(adapter_name).values())
-        network = Hypernetwork(len(layers)).to(layers[0].factors.values.device)
-        layers[0].adaptive_rank_svd_hypernetwork[adapter_name] = network.requires_grad_(not config.inference_mode)
-
-    def _hypernetwork(self, adapter_name: str) -> Hypernetwork:
-        """The shared one."""
         first = next(iter(self.searching_layers(adapter_name).values()))
-        return first.adaptive_rank_svd_hypernetwork[adapter_name]
+        network = SharedHypernetwork(self._states[adapter_name].sizes).to(first.factors.values.device)
+        first.adaptive_rank_svd_hypernetwork[adapter_name] = network.requires_grad_(not config.inference_mode)
 
-    def _heads(self, adapter_name: str) -> list[nn.Module]:
-        layers = self.searching_layers(adapter_name).values()
-        # straight from where they are: `nn.ModuleDict` takes ten times as long to find one
-        return [layer._modules["adaptive_rank_svd_head"]._modules[adapter_name] for layer in layers]
+    def _networks(self, adapter_name: str) -> Iterator[Hypernetwork]:
+        """One for each module in search, or the one that they share."""
+        for layer in self.searching_layers(adapter_name).values():
+            yield layer.adaptive_rank_svd_hypernetwork[adapter_name]
+            if self.peft_config[adapter_name].hypernetwork == "shared":
+                return
 
-    def each_mask_parameter(self, adapter_name: str) -> Iterator[nn.Parameter]:
-        heads = self._heads(adapter_name)
-        if self.peft_config[adapter_name].hypernetwork == "per_layer":
-            for head in heads:
-                yield from head.parameters()
-            return
-        yield from self._hypernetwork(adapter_name).parameters()
-        for head in heads:
-            # as `parameters`, which takes ten times as long
-            yield from head._parameters.values()
+    def mask_parameters(self, adapter_name: str) -> list[nn.Parameter]:
+        return [parameter for network in self._networks(adapter_name) for parameter in network.parameters()]
 
     def mask_logits(self, adapter_name: str) -> Tensor:
-        config, heads = self.peft_config[adapter_name], self._heads(adapter_name)
-        if config.hypernetwork == "per_layer":
-            logits = pad_rows([head() for head in heads], float("-inf"))
-        else:
-            logits = apply_heads(self._hypernetwork(adapter_name)(), heads)
+        config, rows = self.peft_config[adapter_name], [network() for network in self._networks(adapter_name)]
+        logits = rows[0] if config.hypernetwork == "shared" else pad_rows(rows, float("-inf"))
         return logits + config.mask_bias
 
     def _set_logits(self, adapter_name: str, starts: list[Tensor]) -> None:
         # what the features add to them is small at first
-        for head, start in zip(self._heads(adapter_name), starts, strict=True):
-            head.bias.copy_(start - self.peft_config[adapter_name].mask_bias)
+        (network,) = self._networks(adapter_name)
+        network.start_at([start - self.peft_config[adapter_name].mask_bias for start in starts])
 
     def regularizer(self, adapter_name: str, logits: Tensor, hard: Tensor) -> Tensor:
         """lambda R(parameters of the mask, target) + gamma R_align, equation 8 of ARS, with the parameters of a module

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -21,19 +20,16 @@ from .distillation import Distillation
 
 
 class L2LRCLayer(SearchLayer):
-    """A layer with the logits of its masks, (k,)."""
+    """The first layer of a search holds the logits of the masks of all, (modules, K), where what is beyond the ranks of a
+    module says nothing: one parameter takes a step far less time than hundreds."""
 
     adapter_layer_names = ("l2lrc_logits",)
 
     def __init__(
-        self,
-        base_layer: nn.Module,
-        adapter_name: str,
-        factors: SearchFactors | LowRankLinear | None,
-        logits: Tensor | None = None,
+        self, base_layer: nn.Module, adapter_name: str, factors: SearchFactors | LowRankLinear | None
     ) -> None:
         super().__init__(base_layer, adapter_name, factors)
-        self.l2lrc_logits = nn.ParameterDict({} if logits is None else {adapter_name: nn.Parameter(logits)})
+        self.l2lrc_logits = nn.ParameterDict()
 
 
 class L2LRCModel(RankSearchModel):
@@ -81,14 +77,15 @@ class L2LRCModel(RankSearchModel):
         base: nn.Module,
         factors: SearchFactors | LowRankLinear | None,
     ) -> L2LRCLayer:
-        logits = None
-        if isinstance(factors, SearchFactors):
-            logits = torch.linspace(*config.init_logits, len(factors.values), device=factors.values.device)
-        return L2LRCLayer(base, adapter_name, factors, logits)
+        return L2LRCLayer(base, adapter_name, factors)
 
     def _after_injection(self, config: L2LRCConfig, adapter_name: str) -> None:
+        layers = list(self.searching_layers(adapter_name).values())
+        device = layers[0].factors.values.device
+        starts = [torch.linspace(*config.init_logits, k, device=device) for k in self._states[adapter_name].sizes]
+        logits = nn.Parameter(pad_rows(starts, 0.0), requires_grad=not config.inference_mode)
+        layers[0].l2lrc_logits[adapter_name] = logits
         if config.distillation_weight > 0 and not config.inference_mode:
-            layers = list(self.searching_layers(adapter_name).values())
             self._distillation = Distillation(
                 self.model, layers, config.distillation_weight, config.pretraining_weight
             )
@@ -113,17 +110,18 @@ class L2LRCModel(RankSearchModel):
             distillation.prepare(args, kwargs)
         super()._before_forward(module, args, kwargs)
 
-    def each_mask_parameter(self, adapter_name: str) -> Iterator[nn.Parameter]:
-        for layer in self.searching_layers(adapter_name).values():
-            # straight from where it is: `nn.ParameterDict` takes ten times as long to find it
-            yield layer._modules["l2lrc_logits"]._parameters[adapter_name]
+    def mask_parameters(self, adapter_name: str) -> list[nn.Parameter]:
+        return [next(iter(self.searching_layers(adapter_name).values())).l2lrc_logits[adapter_name]]
 
     def mask_logits(self, adapter_name: str) -> Tensor:
-        return pad_rows([logits.float() for logits in self.mask_parameters(adapter_name)], float("-inf"))
+        (logits,) = self.mask_parameters(adapter_name)
+        sizes = self._states[adapter_name].on(logits.device)[2]
+        inside = torch.arange(logits.shape[1], device=logits.device) < sizes[:, None]
+        return torch.where(inside, logits.float(), float("-inf"))
 
     def _set_logits(self, adapter_name: str, starts: list[Tensor]) -> None:
-        for logits, start in zip(self.mask_parameters(adapter_name), starts, strict=True):
-            logits.copy_(start)
+        (logits,) = self.mask_parameters(adapter_name)
+        logits.copy_(pad_rows(starts, 0.0))
 
     def annealed_target(self, config: L2LRCConfig, state: SearchState) -> float:
         """From 1 to the target, in equal steps; the target itself where the search starts there."""

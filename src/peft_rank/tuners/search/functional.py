@@ -216,5 +216,5 @@ def pad_rows(rows: list[Tensor], value: float) -> Tensor:
 
 def versions(tensors: list[Tensor]) -> tuple:
     """Changes whenever one of them does."""
-    # casting a model puts other storage under the same parameter
-    return tuple((id(tensor), tensor.data_ptr(), tensor._version, tensor.requires_grad) for tensor in tensors)
+    # casting a model puts other storage under the same parameter; held, so that its address is not another's soon
+    return tuple((id(tensor), tensor.untyped_storage(), tensor._version, tensor.requires_grad) for tensor in tensors)

@@ -103,11 +103,9 @@ class SearchLayer(nn.Module, RankLayer):
         # a copy has no part in the graph of this step
         return {**self.__dict__, "_step": {}, "_selected": {}}
 
-    def reserve_state(self, attribute: str, numel: int) -> None:
-        """Room for the bytes of a checkpoint's search, for loaders that know of modules only."""
-        setattr(
-            self, attribute, BufferDict({self.adapter_name: torch.zeros(numel, dtype=torch.uint8)}, persistent=True)
-        )
+    def keep_buffer(self, attribute: str, value: Tensor) -> None:
+        """Save `value` with the adapter, and load it."""
+        setattr(self, attribute, BufferDict({self.adapter_name: value}, persistent=True))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """

@@ -125,7 +125,11 @@ class RankSearchModel(RankSearchTraining):
         layer = self._wrap(config, adapter_name, target, factors)
         state = config.allocation_state or {}
         if state.get("module") == uncompiled(current_key):
-            layer.reserve_state(f"{self.prefix}state", state["numel"])
+            # for loaders that know of modules only
+            layer.keep_buffer(f"{self.prefix}state", torch.zeros(state["numel"], dtype=torch.uint8))
+        if layer.searching:
+            # PEFT finds the modules of a state dict by their entries, and masks are in the first one alone
+            layer.keep_buffer(f"{self.prefix}ranks", torch.tensor(len(factors.values)))
         layer.train(target.training)
         layer.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         setattr(parent, target_name, layer)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -54,12 +53,8 @@ class RankSearchTraining(AdaptiveRankTuner):
         return {**self.__dict__, "_graphs": {}, "_drawn": {}, "_armed": {}}
 
     @abstractmethod
-    def each_mask_parameter(self, adapter_name: str) -> Iterator[nn.Parameter]:
-        """All that is trained in a search."""
-
     def mask_parameters(self, adapter_name: str) -> list[nn.Parameter]:
-        """The same. Finding them takes a while, although straight from where they are: by `nn.Module` ten times as long."""
-        return list(self.each_mask_parameter(adapter_name))
+        """All that is trained in a search."""
 
     @abstractmethod
     def mask_logits(self, adapter_name: str) -> Tensor:
@@ -73,6 +68,7 @@ class RankSearchTraining(AdaptiveRankTuner):
         """Let go of the parameters of masks: the ranks are final."""
         self._forget_step(adapter_name)
         for layer in self.adapter_layers(adapter_name).values():
+            layer._modules.pop(f"{self.prefix}ranks", None)
             for attribute in layer.adapter_layer_names:
                 masks = getattr(layer, attribute)
                 if adapter_name in masks:
@@ -96,7 +92,9 @@ class RankSearchTraining(AdaptiveRankTuner):
     def singular_values(self, adapter_name: str) -> Tensor:
         """(modules, K), padded with 0, scaled to a sum of squares of 1 in each module."""
         layers = self.searching_layers(adapter_name).values()
-        values = [layer._modules["factors"]._parameters["values"] for layer in layers]  # `mask_parameters` says why
+        values = [
+            layer._modules["factors"]._parameters["values"] for layer in layers
+        ]  # `nn.Module` takes ten times as long
         stamp = versions(values)
         if self._spectra.get(adapter_name, (None,))[0] != stamp:
             rows = [v / v.norm().clamp(min=torch.finfo(v.dtype).tiny) for v in values]
@@ -105,7 +103,7 @@ class RankSearchTraining(AdaptiveRankTuner):
 
     def _trained_adapters(self) -> list[str]:
         searching = (name for name in self.active_adapters if name in self._states)
-        return [name for name in searching if any(p.requires_grad for p in self.each_mask_parameter(name))]
+        return [name for name in searching if any(p.requires_grad for p in self.mask_parameters(name))]
 
     def delete_adapter(self, adapter_name: str) -> None:
         super().delete_adapter(adapter_name)
@@ -139,12 +137,12 @@ class RankSearchTraining(AdaptiveRankTuner):
     def _begin_step(self, name: str, layers: dict[str, SearchLayer], compiled: bool) -> None:
         if self._states[name].recorded == 0:
             self._check_checkpointing()
-        parameters = self.mask_parameters(name)
-        drawn = self._draw(name, self._logits(name, parameters))
+        parameters = [p for p in self.mask_parameters(name) if p.requires_grad]
+        drawn = self._draw(name, self._logits(name))
         # a compiled model would be compiled anew for every other number of rows
         rows = [(None, 0)] * len(drawn.sizes) if compiled else drawn.rows
         self._selected_from = None
-        hard = SharedGraph.apply([drawn.hard], self._armed.get(name, []), *(p for p in parameters if p.requires_grad))
+        hard = SharedGraph.apply([drawn.hard], self._armed.get(name, []), *parameters)
         # in float32 up to here, and in float16 not even then: see `masked_product`
         dtype = compute_dtype(next(iter(layers.values())).factors.up)
         # unbound, whose backward is one kernel for all modules
@@ -179,9 +177,9 @@ class RankSearchTraining(AdaptiveRankTuner):
             drawn = self._drawn[name] = DrawnMasks(logits, when, *masks, state.sizes)
         return drawn
 
-    def _logits(self, name: str, parameters: list[nn.Parameter]) -> Tensor:
-        """`mask_logits`, made once for each optimizer step from `mask_parameters`."""
-        stamp = versions(parameters)
+    def _logits(self, name: str) -> Tensor:
+        """`mask_logits`, made once for each optimizer step."""
+        stamp = versions(self.mask_parameters(name))
         if self._graphs.get(name, (None,))[0] != stamp:
             with torch.enable_grad():
                 self._graphs[name] = stamp, self.mask_logits(name)
@@ -222,19 +220,18 @@ class RankSearchTraining(AdaptiveRankTuner):
     def add_regularization_gradient(self) -> None:
         for name in self._trained_adapters():
             self._check_reached(name)
-            parameters = self.mask_parameters(name)
-            logits, gradient = self._regularizer_gradient(name, parameters)
-            parameters = [p for p in parameters if p.requires_grad]
+            parameters = [p for p in self.mask_parameters(name) if p.requires_grad]
+            logits, gradient = self._regularizer_gradient(name)
             add_to_gradients(parameters, torch.autograd.grad(logits, parameters, gradient, retain_graph=True))
 
     def arm_regularization(self, loss_scale: float = 1.0) -> None:
         for name in self._trained_adapters():
-            logits, gradient = self._regularizer_gradient(name, self.mask_parameters(name))
+            logits, gradient = self._regularizer_gradient(name)
             self._armed[name] = [(logits, gradient * loss_scale)]
 
-    def _regularizer_gradient(self, name: str, parameters: list[nn.Parameter]) -> tuple[Tensor, Tensor]:
+    def _regularizer_gradient(self, name: str) -> tuple[Tensor, Tensor]:
         """The logits of the step with their graph, and the gradient of the regularizer with respect to them."""
-        logits = self._logits(name, parameters)
+        logits = self._logits(name)
         loss = self.regularizer(name, logits, self._draw(name, logits).hard)
         return logits, torch.autograd.grad(loss, logits, retain_graph=True)[0]
 
@@ -262,7 +259,7 @@ class RankSearchTraining(AdaptiveRankTuner):
                 continue
             self._check_schedule(name)
             self._graphs.pop(name, None)  # engines change parameters without a trace
-            reached = state.record(self._logits(name, self.mask_parameters(name)), global_step)
+            reached = state.record(self._logits(name), global_step)
             if reached is not None:
                 decided = True
                 self._write_snapshot(name, reached)
@@ -379,7 +376,7 @@ class RankSearchTraining(AdaptiveRankTuner):
             if name not in self._states:
                 ranks = [module.rank for module in self._linears(name).values()]
                 return {"rank/total": sum(ranks), "rank/mean": sum(ranks) / max(1, len(ranks)), **summary}
-            state, logits = self._states[name], self._logits(name, self.mask_parameters(name))
+            state, logits = self._states[name], self._logits(name)
             likely = state.likely(logits)
             selection = state.choose(logits, state.end)
             kept = [size if ranks is None else len(ranks) for size, ranks in zip(state.sizes, selection, strict=True)]
