@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
@@ -84,11 +83,13 @@ class DrawnMasks:
     soft: Tensor
     hard: Tensor
     sizes: list[int]
+    _rows: list[tuple[Tensor | None, int]] | None = None
 
-    @cached_property
     def rows(self) -> list[tuple[Tensor | None, int]]:
-        """See `needed_rows`. Waits for the device, once for all micro-batches of the step."""
-        return needed_rows(self.soft, self.hard, self.sizes)
+        """See `needed_rows`. The first call waits for the device."""
+        if self._rows is None:
+            self._rows = needed_rows(self.soft, self.hard, self.sizes)
+        return self._rows
 
 
 class SharedGraph(Function):

@@ -140,7 +140,7 @@ class RankSearchTraining(AdaptiveRankTuner):
         parameters = [p for p in self.mask_parameters(name) if p.requires_grad]
         drawn = self._draw(name, self._logits(name))
         # a compiled model would be compiled anew for every other number of rows
-        rows = [(None, 0)] * len(drawn.sizes) if compiled else drawn.rows
+        rows = [(None, 0)] * len(drawn.sizes) if compiled else drawn.rows()
         self._selected_from = None
         hard = SharedGraph.apply([drawn.hard], self._armed.get(name, []), *parameters)
         # in float32 up to here, and in float16 not even then: see `masked_product`
@@ -259,7 +259,11 @@ class RankSearchTraining(AdaptiveRankTuner):
                 continue
             self._check_schedule(name)
             self._graphs.pop(name, None)  # engines change parameters without a trace
-            reached = state.record(self._logits(name), global_step)
+            state.step = global_step
+            # the next step's masks come out of the same wait for the device
+            drawn = self._draw(name, self._logits(name))
+            reached = state.record(drawn.logits, global_step)
+            drawn.rows()
             if reached is not None:
                 decided = True
                 self._write_snapshot(name, reached)
