@@ -3,7 +3,7 @@
 
     python benchmarks/multi_gpu.py                                       # 2 GPUs, every engine, LLaMA-1B shape
     python benchmarks/multi_gpu.py --engines single ddp --processes 4
-    python benchmarks/multi_gpu.py --engines ddp zero2 --accumulation 4 --trainings fixed allocation "fixed again"
+    python benchmarks/multi_gpu.py --engines ddp zero2 --accumulation 4 --cost-only
     python benchmarks/multi_gpu.py --shape tiny --engines single ddp zero2 zero3    # two processes on a CPU
 
 Every engine gets processes of its own and four trainings by the HF Trainer, with random weights and the same global batch:
@@ -62,7 +62,6 @@ TRAININGS = ("agreement", "fixed", "allocation", "fixed again")
 STEPS = 40  # of a training
 # those that are timed, and those whose parts are: all of the third window, at whose end the budget is met
 FREE, WATCHED = range(8, 15), range(15, 25)
-LAST = {True: WATCHED.stop + 1, False: FREE.stop}  # step of a training that allocates, of one that does not
 
 
 class Texts(Dataset):
@@ -197,7 +196,8 @@ def train(args: argparse.Namespace, folder: str, name: str) -> dict[str, Any]:
     )
     dtype = torch.float32 if agreement else torch.bfloat16
     model = make_model(args, training_args.device, dtype, blocks, allocate)
-    clock, allocation = Clock(STEPS if agreement else LAST[allocate]), TimedAllocation()
+    last = STEPS if agreement else (WATCHED if allocate and not args.cost_only else FREE).stop
+    clock, allocation = Clock(last), TimedAllocation()
     callbacks = [clock, allocation] if allocate else [clock]
     data = Texts(args.batch * args.accumulation * STEPS, length, args.vocabulary)
     trainer = Trainer(model, training_args, train_dataset=data, callbacks=callbacks)
@@ -227,7 +227,7 @@ def work(args: argparse.Namespace) -> None:
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     found: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for name in args.trainings:
+        for name in TRAININGS[args.cost_only :]:
             found[name] = train(args, folder, name)
             if int(os.environ.get("RANK", "0")) == 0:
                 args.result.write_text(json.dumps(found), encoding="utf-8")
@@ -243,7 +243,7 @@ def run_engine(args: argparse.Namespace, engine: str) -> dict[str, Any]:
         result = Path(folder, "result.json")
         settings = [f"--{name}={getattr(args, name)}" for name in SETTINGS]
         command = [sys.executable, *(launcher if processes > 1 else []), __file__, *settings]
-        command += ["--trainings", *args.trainings]
+        command += ["--cost-only"] * args.cost_only
         environment = {
             **os.environ,
             **(FSDP2 if engine == "fsdp2" else {}),
@@ -282,7 +282,7 @@ def compare(row: dict[str, Any], single: dict[str, Any] | None) -> None:
         if name in row:
             ranks = row[name].pop("ranks") if name.startswith("fixed") else row[name]["ranks"]
             row[name]["total_rank"] = sum(ranks)
-    if "fixed again" in row and "allocation" in row:
+    if "fixed again" in row:
         allocation, *fixed = (row[name]["milliseconds"] for name in ("allocation", "fixed", "fixed again"))
         row["slower_than_fixed"] = round(allocation / statistics.mean(fixed) - 1, 4)
         row["fixed_differ"] = round(max(fixed) / min(fixed) - 1, 4)
@@ -302,7 +302,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=1024, help="tokens of a row")
     parser.add_argument("--init_r", type=int, default=16)
     parser.add_argument("--target_r", type=int, default=8)
-    parser.add_argument("--trainings", nargs="+", default=list(TRAININGS), choices=TRAININGS)
+    parser.add_argument("--cost-only", action="store_true", help="no agreement, and no parts of allocating")
     parser.add_argument("--seconds", type=float, default=300, help="time limit of one engine")
     parser.add_argument("--worker", choices=ENGINES, help=argparse.SUPPRESS)
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)

@@ -48,7 +48,7 @@ def test_trainings_of_an_engine(engines: ModuleType, tmp_path: Path) -> None:
     assert {name: row[name]["steps"] for name in engines.TRAININGS} == {
         "agreement": engines.STEPS,
         "fixed": engines.FREE.stop,
-        "allocation": engines.WATCHED.stop + 1,
+        "allocation": engines.WATCHED.stop,
         "fixed again": engines.FREE.stop,
     }
     fixed = [row[name]["milliseconds"] for name in ("fixed", "fixed again")]
@@ -62,6 +62,19 @@ def test_trainings_of_an_engine(engines: ModuleType, tmp_path: Path) -> None:
         tokens = 2 * (4 if name == "agreement" else 16)
         seconds = row[name]["milliseconds"] / 1e3
         assert row[name]["tokens_per_second"] == pytest.approx(tokens / seconds, rel=0.02)
+
+
+def test_what_allocating_costs_can_be_had_alone(engines: ModuleType, tmp_path: Path) -> None:
+    result = tmp_path / "result.json"
+    settings = [*SMALL, "--accumulation", "2", "--cost-only"]
+    engines.work(engines.parse([*settings, "--worker", "single", "--result", str(result)]))
+    row = json.loads(result.read_text())
+    assert {name: found["steps"] for name, found in row.items()} == dict.fromkeys(
+        ("fixed", "allocation", "fixed again"), engines.FREE.stop
+    )
+    assert not [key for key in row["allocation"] if key.endswith("_ms")]
+    tokens = row["fixed"]["tokens_per_second"] * row["fixed"]["milliseconds"] / 1e3
+    assert tokens == pytest.approx(2 * 2 * 16, rel=0.02)
 
 
 def test_what_is_watched_is_a_window_that_is_recorded(engines: ModuleType) -> None:
