@@ -45,7 +45,8 @@ def check_step(global_step: int) -> None:
 
 
 class RankLayer(BaseTunerLayer):
-    """A layer whose adapters have ranks. The first of `adapter_layer_names` is keyed by all of them."""
+    """A layer whose adapters have ranks. Where `adapters` is not overridden, the first of `adapter_layer_names` is keyed by
+    all of them."""
 
     in_features: int
     out_features: int

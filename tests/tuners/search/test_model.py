@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import io
 import math
 import warnings
 import weakref
@@ -27,7 +28,7 @@ from peft_rank import (
     save_compressed,
 )
 from peft_rank.decomposition import decompose
-from peft_rank.tuners.search import factors, functional
+from peft_rank.tuners.search import factors, graph
 from peft_rank.tuners.search.functional import needed_rows
 from peft_rank.tuners.search.layer import SearchLayer
 from runs import logits as outputs
@@ -407,20 +408,73 @@ def test_the_regularizer_can_be_armed(method: str, llama: TinyModel) -> None:
 def test_the_masks_of_a_step_are_drawn_once_as_the_last_step_ends(
     method: str, llama: TinyModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model, waits = after(method, llama, 2), []
-    monkeypatch.setattr(functional, "needed_rows", lambda *args: waits.append(1) or needed_rows(*args))
-    masks = []
-    for _ in range(3):
+    model, waits, drawn = after(method, llama, 2, start="spectral"), [], []
+    monkeypatch.setattr(graph, "needed_rows", lambda *args: waits.append(1) or needed_rows(*args))
+
+    def forward() -> None:
         model.train()(**llama.make_batch(4)).loss.backward()
-        masks.append([layer._step["now"].mask for layer in model.base_model.adapter_layers("default").values()])
+        layers = model.base_model.adapter_layers("default").values()
+        drawn.append(torch.cat([layer._step["now"].mask for layer in layers]))
+
+    for _ in range(3):
+        forward()
     assert not waits
-    assert all(torch.equal(a, b) for later in masks[1:] for a, b in zip(masks[0], later, strict=True))
     model.base_model.update_and_allocate(3)
-    model(**llama.make_batch(4))
+    forward()
     assert len(waits) == 1
     model.base_model.skip_step(4)  # other noise
-    model(**llama.make_batch(4))
+    forward()
     assert len(waits) == 2
+    first, second, third, fourth, fifth = drawn
+    assert torch.equal(first, second) and torch.equal(first, third)
+    assert not torch.equal(first, fourth) and not torch.equal(fourth, fifth)
+
+
+@every_method
+def test_a_model_in_mid_search_is_saved_as_a_whole(method: str, llama: TinyModel) -> None:
+    """By `torch.save`, also after an evaluation."""
+    model, file = after(method, llama, 2), io.BytesIO()
+    evaluated = outputs(model, llama)
+    torch.save(model, file)
+    file.seek(0)
+    again = torch.load(file, weights_only=False)
+    assert torch.equal(outputs(again, llama), evaluated)
+    for each in (model, again):
+        search(each, llama, optimizer(each, method), 2, first=3)
+    assert torch.equal(outputs(again, llama), outputs(model, llama))
+
+
+@every_method
+def test_a_search_begins_after_an_evaluation_in_inference_mode(method: str, llama: TinyModel) -> None:
+    plain, model = searched(method, llama), searched(method, llama)
+    with torch.inference_mode():
+        model.eval()(**llama.make_batch(4))
+    losses = [search(each, llama, optimizer(each, method), 2) for each in (plain, model)]
+    assert losses[0] == losses[1]
+
+
+@every_method
+def test_a_gradient_that_was_armed_in_vain_is_forgotten(method: str, llama: TinyModel) -> None:
+    plain, model = after(method, llama, 2), after(method, llama, 2)
+    model.base_model.arm_regularization()
+    for each in (plain, model):
+        each.base_model.update_and_allocate(3)
+        each.train()(**llama.make_batch(4)).loss.backward()
+    for a, b in zip(
+        plain.base_model.mask_parameters("default"), model.base_model.mask_parameters("default"), strict=True
+    ):
+        assert torch.equal(a.grad, b.grad)
+
+
+@every_method
+def test_masks_are_where_the_model_is_and_no_more_than_ranks(method: str, llama: TinyModel) -> None:
+    model = get_peft_model(llama.make_model().to("meta"), config(method, llama))
+    assert {value.device.type for value in (*model.parameters(), *model.buffers())} == {"meta"}
+    # DDP sends buffers around in every forward pass
+    assert all(name.endswith(".z") for name, _ in model.named_buffers() if model.base_model.prefix in name)
+    if method.startswith("l2lrc"):
+        layers = model.base_model.adapter_layers("default").values()
+        assert model.get_nb_trainable_parameters()[0] == sum(min(layer.shape) for layer in layers)
 
 
 @both_methods

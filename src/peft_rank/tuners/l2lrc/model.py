@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from ...allocation.masks import bounded_compression_loss, keep_probability, straight_through, total_variation_loss
 from ..lowrank.linear import LowRankLinear
 from ..search.factors import SearchFactors
-from ..search.functional import pad_rows
 from ..search.layer import SearchLayer
 from ..search.model import RankSearchModel
 from ..search.state import SearchState
@@ -20,8 +19,8 @@ from .distillation import Distillation
 
 
 class L2LRCLayer(SearchLayer):
-    """The first layer of a search holds the logits of the masks of all, (modules, K), where what is beyond the ranks of a
-    module says nothing: one parameter takes a step far less time than hundreds."""
+    """The first layer of a search holds the logits of all masks, (sum of ranks,), one module after the other: one parameter
+    takes a step far less time than hundreds."""
 
     adapter_layer_names = ("l2lrc_logits",)
 
@@ -83,7 +82,7 @@ class L2LRCModel(RankSearchModel):
         layers = list(self.searching_layers(adapter_name).values())
         device = layers[0].factors.values.device
         starts = [torch.linspace(*config.init_logits, k, device=device) for k in self._states[adapter_name].sizes]
-        logits = nn.Parameter(pad_rows(starts, 0.0), requires_grad=not config.inference_mode)
+        logits = nn.Parameter(torch.cat(starts), requires_grad=not config.inference_mode)
         layers[0].l2lrc_logits[adapter_name] = logits
         if config.distillation_weight > 0 and not config.inference_mode:
             self._distillation = Distillation(
@@ -115,13 +114,11 @@ class L2LRCModel(RankSearchModel):
 
     def mask_logits(self, adapter_name: str) -> Tensor:
         (logits,) = self.mask_parameters(adapter_name)
-        sizes = self._states[adapter_name].on(logits.device)[2]
-        inside = torch.arange(logits.shape[1], device=logits.device) < sizes[:, None]
-        return torch.where(inside, logits.float(), float("-inf"))
+        return self._states[adapter_name].padded(logits.float())
 
     def _set_logits(self, adapter_name: str, starts: list[Tensor]) -> None:
         (logits,) = self.mask_parameters(adapter_name)
-        logits.copy_(pad_rows(starts, 0.0))
+        logits.copy_(torch.cat(starts))
 
     def annealed_target(self, config: L2LRCConfig, state: SearchState) -> float:
         """From 1 to the target, in equal steps; the target itself where the search starts there."""

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -66,55 +65,6 @@ def needed_rows(soft: Tensor, hard: Tensor, sizes: list[int]) -> list[tuple[Tens
         # stable: behind the needed ranks come those of the module, and only then its padding
         order = torch.argsort(inside.to(torch.uint8) + needed.to(torch.uint8), dim=1, descending=True, stable=True)
         return [(order[i, : widths[i]], kept[i]) if pays else (None, 0) for i, pays in enumerate(compact)]
-
-
-@dataclass
-class DrawnMasks:
-    """The masks of all modules for one step, with their graph, and what they were drawn from.
-
-    Attributes:
-        logits (`Tensor`), when (`tuple[int, int]`): What they are for, and the noise's seed and step.
-        soft (`Tensor`), hard (`Tensor`): (modules, K) masks, padded with 0.
-        sizes (`list[int]`): Ranks of each module.
-    """
-
-    logits: Tensor
-    when: tuple[int, int]
-    soft: Tensor
-    hard: Tensor
-    sizes: list[int]
-    _rows: list[tuple[Tensor | None, int]] | None = None
-
-    def rows(self) -> list[tuple[Tensor | None, int]]:
-        """See `needed_rows`. The first call waits for the device."""
-        if self._rows is None:
-            self._rows = needed_rows(self.soft, self.hard, self.sizes)
-        return self._rows
-
-
-class SharedGraph(Function):
-    """The identity on a tensor whose own graph outlives the backward passes that go through it, of which there may be many.
-
-    Takes the tensor in a list, for it is no input in the eyes of autograd: the parameters behind it are. `pending` holds
-    further tensors of that graph, each with a gradient that was computed beforehand. Backward empties it, so that of all
-    the passes of an optimizer step (micro-batches, recomputed layers) exactly one adds what these come to.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: FunctionCtx, made: list[Tensor], pending: list[tuple[Tensor, Tensor]], *parameters: Tensor
-    ) -> Tensor:
-        ctx.made, ctx.pending, ctx.parameters = made[0], pending, parameters
-        return made[0].detach()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad_output: Tensor):
-        pairs = [(ctx.made, grad_output)]
-        while ctx.pending:
-            pairs.append(ctx.pending.pop())
-        made, gradients = zip(*pairs, strict=True)
-        return None, None, *torch.autograd.grad(made, ctx.parameters, gradients, retain_graph=True)
 
 
 def masked_product(x: Tensor, down: Tensor, up: Tensor, bias: Tensor | None, step: StepMask) -> Tensor:
@@ -215,9 +165,3 @@ def pad_rows(rows: list[Tensor], value: float) -> Tensor:
     if min(sizes) < size:
         rows = [pad(row, (0, size - len(row)), value=value) for row in rows]
     return torch.stack(rows)
-
-
-def versions(tensors: list[Tensor]) -> tuple:
-    """Changes whenever one of them does."""
-    # casting a model puts other storage under the same parameter; held, so that its address is not another's soon
-    return tuple((id(tensor), tensor.untyped_storage(), tensor._version, tensor.requires_grad) for tensor in tensors)

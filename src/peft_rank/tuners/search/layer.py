@@ -103,9 +103,17 @@ class SearchLayer(nn.Module, RankLayer):
         # a copy has no part in the graph of this step
         return {**self.__dict__, "_step": {}, "_selected": {}}
 
-    def keep_buffer(self, attribute: str, value: Tensor) -> None:
-        """Save `value` with the adapter, and load it."""
-        setattr(self, attribute, BufferDict({self.adapter_name: value}, persistent=True))
+    def reserve_state(self, attribute: str, numel: int) -> None:
+        """Room for the bytes of a checkpoint's search, for loaders that know of modules only."""
+        setattr(
+            self, attribute, BufferDict({self.adapter_name: torch.zeros(numel, dtype=torch.uint8)}, persistent=True)
+        )
+
+    def tell_ranks(self, attribute: str) -> None:
+        """An entry of the state dict for every module in search: by these PEFT finds the modules of a state dict, and the
+        masks of all are in the first alone. A parameter, as factors are, since buffers are sent around by DDP."""
+        ranks = torch.tensor(len(self.factors.values), device=self.factors.values.device)
+        setattr(self, attribute, nn.ParameterDict({self.adapter_name: nn.Parameter(ranks, requires_grad=False)}))
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """

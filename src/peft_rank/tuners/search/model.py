@@ -125,11 +125,9 @@ class RankSearchModel(RankSearchTraining):
         layer = self._wrap(config, adapter_name, target, factors)
         state = config.allocation_state or {}
         if state.get("module") == uncompiled(current_key):
-            # for loaders that know of modules only
-            layer.keep_buffer(f"{self.prefix}state", torch.zeros(state["numel"], dtype=torch.uint8))
+            layer.reserve_state(f"{self.prefix}state", state["numel"])
         if layer.searching:
-            # PEFT finds the modules of a state dict by their entries, and masks are in the first one alone
-            layer.keep_buffer(f"{self.prefix}ranks", torch.tensor(len(factors.values)))
+            layer.tell_ranks(f"{self.prefix}ranks")
         layer.train(target.training)
         layer.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
         setattr(parent, target_name, layer)
@@ -243,6 +241,7 @@ class RankSearchModel(RankSearchTraining):
         key = next((key for key in weights if key.endswith(f".{self.prefix}state")), None)
         if key is not None:
             self._states[adapter_name].unpack(weights.pop(key))
+        self._armed.pop(adapter_name, None)
         for layer in self.searching_layers(adapter_name).values():
             layer._modules.pop(f"{self.prefix}state", None)
 

@@ -113,9 +113,20 @@ class SearchState:
         """(3, modules) float32: what a rank of each module costs, what its weight does, how many ranks it has; copied to a
         device once."""
         if device not in self._copies:
-            rows = [self.costs, self.dense, self.sizes]
-            self._copies[device] = torch.tensor(rows, dtype=torch.float32, device=device)
+            with torch.inference_mode(False):  # gradients will flow by it later
+                rows = [self.costs, self.dense, self.sizes]
+                self._copies[device] = torch.tensor(rows, dtype=torch.float32, device=device)
         return self._copies[device]
+
+    def padded(self, values: Tensor) -> Tensor:
+        """(sum of ranks,) values of all modules, one module after the other, as (modules, K), padded with -inf."""
+        sizes, K = self.on(values.device)[2].long(), max(self.sizes)
+        if min(self.sizes) == K:
+            return values.view(-1, K)
+        ranks = torch.arange(K, device=values.device)
+        inside = ranks < sizes[:, None]
+        position = torch.where(inside, (sizes.cumsum(0) - sizes)[:, None] + ranks, 0)
+        return torch.where(inside, values.index_select(0, position.flatten()).view_as(inside), float("-inf"))
 
     def likely(self, logits: Tensor) -> Tensor:
         """(modules,) ranks whose keep probability exceeds one half, for logits (modules, K)."""

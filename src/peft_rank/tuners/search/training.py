@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import warnings
 from abc import abstractmethod
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,8 @@ from ..functional import compute_dtype
 from ..lowrank.entry import record_compression
 from ..lowrank.final import settle_trained_modules
 from ..names import exact_pattern
-from .functional import DrawnMasks, SharedGraph, StepMask, pad_rows, versions
+from .functional import StepMask, pad_rows
+from .graph import DrawnMasks, SharedGraph, check_checkpointing, versions
 from .layer import SearchLayer
 from .state import SearchState, Selection
 
@@ -51,6 +51,13 @@ class RankSearchTraining(AdaptiveRankTuner):
     def __getstate__(self) -> dict[str, Any]:
         # a copy has no part in the graph
         return {**self.__dict__, "_graphs": {}, "_drawn": {}, "_armed": {}}
+
+    def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
+        # moved and cast: what was made of the old values may come to lie where they were
+        for kept in (self._armed, self._graphs, self._drawn, self._spectra):
+            kept.clear()
+        self._selected_from = None
+        return super()._apply(*args, **kwargs)
 
     @abstractmethod
     def mask_parameters(self, adapter_name: str) -> list[nn.Parameter]:
@@ -136,7 +143,7 @@ class RankSearchTraining(AdaptiveRankTuner):
 
     def _begin_step(self, name: str, layers: dict[str, SearchLayer], compiled: bool) -> None:
         if self._states[name].recorded == 0:
-            self._check_checkpointing()
+            check_checkpointing(self.model)
         parameters = [p for p in self.mask_parameters(name) if p.requires_grad]
         drawn = self._draw(name, self._logits(name))
         # a compiled model would be compiled anew for every other number of rows
@@ -150,20 +157,6 @@ class RankSearchTraining(AdaptiveRankTuner):
         for layer, mask, size, needed in zip(layers.values(), masks, drawn.sizes, rows, strict=True):
             # a slice has a node of its own, which only a gradient of this module reaches
             layer.begin_step(StepMask(mask[:size] if size < hard.shape[1] or not layer._reached else mask, *needed))
-
-    def _check_checkpointing(self) -> None:
-        """Reentrant checkpointing goes backward once for every block, and the first of them would free the graph of the
-        masks, which all blocks share."""
-        for module in self.model.modules():
-            # attributes of a module that transformers made checkpoint its forward pass
-            function = vars(module).get("_gradient_checkpointing_func")
-            reentrant = isinstance(function, partial) and function.keywords.get("use_reentrant")
-            if reentrant and module.gradient_checkpointing:
-                raise RuntimeError(
-                    "A search cannot go backward through reentrant checkpointing. Set "
-                    "`gradient_checkpointing_kwargs={'use_reentrant': False}`, in the `TrainingArguments` or where "
-                    "`gradient_checkpointing_enable` is called."
-                )
 
     def _draw(self, name: str, logits: Tensor) -> DrawnMasks:
         """The masks of this optimizer step: the same for all of its micro-batches, for the regularizers and on every
@@ -259,6 +252,7 @@ class RankSearchTraining(AdaptiveRankTuner):
                 continue
             self._check_schedule(name)
             self._graphs.pop(name, None)  # engines change parameters without a trace
+            self._armed.pop(name, None)
             state.step = global_step
             # the next step's masks come out of the same wait for the device
             drawn = self._draw(name, self._logits(name))
@@ -275,6 +269,7 @@ class RankSearchTraining(AdaptiveRankTuner):
     def skip_step(self, global_step: int) -> None:
         for name in self._trained_adapters():
             self._states[name].step = max(self._states[name].step, global_step)
+            self._armed.pop(name, None)
 
     @property
     def allocation_finished(self) -> bool:
