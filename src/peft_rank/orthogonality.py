@@ -78,12 +78,12 @@ def _stacks(
             # (g, width, in) or (g, out, width)
             stack = stack.view(-1, width, other) if rank_dim == 0 else stack.view(other, -1, width).transpose(0, 1)
             masks = torch.ones((), device=device)
-            if any(alive[position] is not None for position in chunk):
+            given = [alive[position] for position in chunk]
+            if any(mask is not None for mask in given):
                 # masks may lie where a model was before it was moved; cast together, since a model has hundreds
-                given = [alive[position] for position in chunk]
                 given = [
-                    _filled((r,), r, device)[0] if m is None else m.to(device)
-                    for m, r in zip(given, sizes, strict=True)
+                    _filled((r,), r, device)[0] if mask is None else mask.to(device)
+                    for mask, r in zip(given, sizes, strict=True)
                 ]
                 masks = join_ranks(given, 0, widths).float().view(-1, width)
                 stack = stack * masks.unsqueeze(2 if rank_dim == 0 else 1)

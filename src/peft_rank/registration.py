@@ -34,7 +34,7 @@ def add_peft_type(name: str) -> PeftType:
     """Return `PeftType[name]`, creating the member if PEFT does not have it.
 
     An enum is closed for subclassing and for assignment, but its lookups read a handful of plain containers; a member
-    that stands in all of them behaves like any other (iteration, call, `in`, copy, pickle, JSON).
+    that stands in all of them behaves like any other (iteration, call, `in`, copies, JSON).
 
     Raises:
         RuntimeError: If this Python keeps its enum members elsewhere, so that the new member would be half known.

@@ -6,14 +6,14 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 
 
 def pack_state(tensors: dict[str, torch.Tensor], clock: dict[str, Any]) -> torch.Tensor:
     """Tensors and clock, which JSON can hold, as (n,) uint8: an integer tensor survives any cast of the model."""
-    data = safetensors.torch.save(tensors, metadata={"clock": json.dumps(clock)})
+    data = save(tensors, metadata={"clock": json.dumps(clock)})
     return torch.frombuffer(bytearray(data), dtype=torch.uint8)
 
 
@@ -25,10 +25,10 @@ def read_state(blob: torch.Tensor) -> tuple[dict[str, torch.Tensor], dict[str, A
     """
     data = blob.cpu().numpy().tobytes()
     try:
-        tensors = safetensors.torch.load(data)
+        tensors = load(data)
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
         return tensors, json.loads(header["__metadata__"]["clock"])
-    except (safetensors.SafetensorError, KeyError, ValueError) as error:
+    except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(
             "The allocation state in the checkpoint is damaged, so that the allocation cannot go on where it stopped. "
             "Resume from an earlier checkpoint."

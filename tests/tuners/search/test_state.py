@@ -90,7 +90,8 @@ def test_targets_are_reached_from_the_largest_to_the_smallest() -> None:
     state = _state(target_ratio=[0.5, 0.9], patience=2, tolerance=0.01)
     reached = []
     for step, shift in enumerate([20.0, 0.0, -20.0, 20.0, -20.0, -20.0], start=1):
-        reached.append(state.record(_logits(1, shift), step))
+        state.step = step
+        reached.append(state.record(_logits(1, shift)))
         assert state.out_of_patience == (step == 6)
     assert reached == [None, 0.9, 0.5, None, None, None]
     assert set(state.snapshots) == {0.9, 0.5}
@@ -103,7 +104,8 @@ def test_targets_are_reached_from_the_largest_to_the_smallest() -> None:
 def test_packed_and_unpacked(prefix: bool) -> None:
     state = _state(prefix, target_ratio=[0.8, 0.6])
     for step in range(1, 4):
-        state.record(_logits(2, -20.0), step)
+        state.step = step
+        state.record(_logits(2, -20.0))
     other = _state(prefix, target_ratio=[0.8, 0.6])
     other.unpack(state.pack())
     assert (other.step, other.recorded, other.met, other.target) == (3, 3, state.met, 0.6)

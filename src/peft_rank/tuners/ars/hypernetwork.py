@@ -17,7 +17,6 @@ from torch.autograd import Function
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 from ..functional import without_autocast
-from ..search.functional import pad_rows
 
 
 INPUT_SIZE = 32
@@ -90,15 +89,12 @@ class SharedHypernetwork(Hypernetwork):
     def forward(self) -> Tensor:
         """(modules, K) logits without the mask bias, padded with -inf."""
         features = super().forward()
-        if len(self.members) == 1:
-            (key,) = self.weight
-            return LinearMaps.apply(features, self.weight[key], self.bias[key])
-        rows: list[Tensor | None] = [None] * len(features)
-        for k, members in self.members.items():
-            result = LinearMaps.apply(features[members], self.weight[str(k)], self.bias[str(k)])
-            for i, row in zip(members, result, strict=True):
-                rows[i] = row
-        return pad_rows(rows, float("-inf"))
+        groups = [torch.tensor(members, device=features.device) for members in self.members.values()]
+        parts = []
+        for k, members in zip(self.members, groups, strict=True):
+            part = LinearMaps.apply(features.index_select(0, members), self.weight[str(k)], self.bias[str(k)])
+            parts.append(F.pad(part, (0, max(self.members) - k), value=float("-inf")))
+        return torch.cat(parts).index_select(0, torch.cat(groups).argsort())
 
     def start_at(self, logits: Sequence[Tensor]) -> None:
         """Let the biases of the modules be (k,) tensors."""

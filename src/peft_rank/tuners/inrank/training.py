@@ -39,7 +39,7 @@ from ..shrinking import Replacement, hold, replace_parameters, unwrap_optimizer
 from .layer import InRankFactors, InRankLinear
 
 
-# who averages the gradients of a tuner's model; not in the model, which can be copied and pickled
+# who averages the gradients of a tuner's model; not in the model, which can be copied and saved as a whole
 _wrappers: WeakKeyDictionary[BaseTuner, weakref.ref[DistributedDataParallel]] = WeakKeyDictionary()
 
 

@@ -154,10 +154,10 @@ class RankAllocator:
         if gradient is not None:
             gradient = gradient.abs().to(device)
             self._gradient = gradient if self._gradient is None else self._gradient.add_(gradient)
+        self.awaits = regularizer is None
+        self._regularizer[self._rows] = 0.0 if regularizer is None else regularizer
         self._rows += 1
         self.recorded += 1
-        self.complete(torch.zeros((), device=device) if regularizer is None else regularizer)
-        self.awaits = regularizer is None
 
     def complete(self, regularizer: torch.Tensor) -> None:
         """The regularizer's value, a scalar, at the last step of the window."""

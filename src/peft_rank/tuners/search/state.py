@@ -120,10 +120,10 @@ class SearchState:
 
     def padded(self, values: Tensor) -> Tensor:
         """(sum of ranks,) values of all modules, one module after the other, as (modules, K), padded with -inf."""
-        sizes, K = self.on(values.device)[2].long(), max(self.sizes)
+        K = max(self.sizes)
         if min(self.sizes) == K:
             return values.view(-1, K)
-        ranks = torch.arange(K, device=values.device)
+        sizes, ranks = self.on(values.device)[2].long(), torch.arange(K, device=values.device)
         inside = ranks < sizes[:, None]
         position = torch.where(inside, (sizes.cumsum(0) - sizes)[:, None] + ranks, 0)
         return torch.where(inside, values.index_select(0, position.flatten()).view_as(inside), float("-inf"))
@@ -173,9 +173,8 @@ class SearchState:
         order = worth.argsort(dim=1, descending=True, stable=True)
         return [None if rank is None else row[:rank].sort().values for row, rank in zip(order, ranks, strict=True)]
 
-    def record(self, logits: Tensor, step: int) -> float | None:
-        """Take note of the logits after an optimizer step; returns the target that has been reached by it."""
-        self.step = step
+    def record(self, logits: Tensor) -> float | None:
+        """Take note of the logits after optimizer step `step`; returns the target that has been reached by it."""
         self.recorded += 1
         target = self.target
         ratio = float(self.ratio(self.likely(logits)))

@@ -27,6 +27,14 @@ from .layer import SearchLayer
 from .state import SearchState, Selection
 
 
+_OF_A_STEP = (
+    "_armed",
+    "_graphs",
+    "_drawn",
+    "_spectra",
+)  # attributes by adapter that are made anew where they are missing
+
+
 class RankSearchTraining(AdaptiveRankTuner):
     """What a training loop calls. Methods differ in where their logits come from and in their regularizers."""
 
@@ -50,12 +58,12 @@ class RankSearchTraining(AdaptiveRankTuner):
 
     def __getstate__(self) -> dict[str, Any]:
         # a copy has no part in the graph
-        return {**self.__dict__, "_graphs": {}, "_drawn": {}, "_armed": {}}
+        return {**self.__dict__, **{kept: {} for kept in _OF_A_STEP}}
 
     def _apply(self, *args: Any, **kwargs: Any) -> nn.Module:
         # moved and cast: what was made of the old values may come to lie where they were
-        for kept in (self._armed, self._graphs, self._drawn, self._spectra):
-            kept.clear()
+        for kept in _OF_A_STEP:
+            getattr(self, kept).clear()
         self._selected_from = None
         return super()._apply(*args, **kwargs)
 
@@ -82,8 +90,8 @@ class RankSearchTraining(AdaptiveRankTuner):
                     del masks[adapter_name]
 
     def _forget_step(self, adapter_name: str) -> None:
-        for kept in (self._searching, self._armed, self._graphs, self._drawn, self._spectra):
-            kept.pop(adapter_name, None)
+        for kept in ("_searching", *_OF_A_STEP):
+            getattr(self, kept).pop(adapter_name, None)
 
     def searching_layers(self, adapter_name: str) -> dict[str, SearchLayer]:
         """The layers whose ranks are not final, by module name in the base model."""
@@ -98,10 +106,8 @@ class RankSearchTraining(AdaptiveRankTuner):
 
     def singular_values(self, adapter_name: str) -> Tensor:
         """(modules, K), padded with 0, scaled to a sum of squares of 1 in each module."""
-        layers = self.searching_layers(adapter_name).values()
-        values = [
-            layer._modules["factors"]._parameters["values"] for layer in layers
-        ]  # `nn.Module` takes ten times as long
+        # straight from where they are: `nn.Module` takes ten times as long
+        values = [x._modules["factors"]._parameters["values"] for x in self.searching_layers(adapter_name).values()]
         stamp = versions(values)
         if self._spectra.get(adapter_name, (None,))[0] != stamp:
             rows = [v / v.norm().clamp(min=torch.finfo(v.dtype).tiny) for v in values]
@@ -256,7 +262,7 @@ class RankSearchTraining(AdaptiveRankTuner):
             state.step = global_step
             # the next step's masks come out of the same wait for the device
             drawn = self._draw(name, self._logits(name))
-            reached = state.record(drawn.logits, global_step)
+            reached = state.record(drawn.logits)
             drawn.rows()
             if reached is not None:
                 decided = True
